@@ -1,0 +1,68 @@
+"""Batches of packed sequences: real tokens one after the other, no padding anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class _Movable:
+    """Moves every tensor field (and nested batch) to a device."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """A copy on `device`."""
+        moved = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            has_to = isinstance(value, (Tensor, _Movable))
+            moved[field.name] = value.to(device, non_blocking=non_blocking) if has_to else value
+        return type(self)(**moved)
+
+
+@dataclass(frozen=True)
+class PackedBatch(_Movable):
+    """Sequences laid end to end."""
+
+    input_ids: Tensor
+    """[tokens] int64"""
+    token_type_ids: Tensor
+    """[tokens] int64, 0 for `[CLS] A [SEP]`, 1 for `B [SEP]`"""
+    position_ids: Tensor
+    """[tokens] int64, counted from 0 in every sequence"""
+    cu_seqlens: Tensor
+    """[batch + 1] int32, sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]"""
+    lengths: tuple[int, ...]
+    """Lengths of the sequences on the host, so that nothing has to wait for the device."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
+
+
+@dataclass(frozen=True)
+class PretrainBatch(_Movable):
+    """Packed sequences with their MLM and SOP targets."""
+
+    sequences: PackedBatch
+    masked_lm_indices: Tensor
+    """[preds] int64, indices into the packed tokens"""
+    masked_lm_labels: Tensor
+    """[preds] int64, original ids"""
+    sentence_order_labels: Tensor
+    """[batch] int64, 0 in order, 1 swapped, -100 none"""
+
+
+def pack(
+    input_ids: Tensor, token_type_ids: Tensor, lengths: tuple[int, ...]
+) -> PackedBatch:
+    """Packed batch from concatenated ids and types, both [tokens]."""
+    length = torch.tensor(lengths)
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    torch.cumsum(length, 0, out=cu_seqlens[1:], dtype=torch.int32)
+    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), length)
+    positions = torch.arange(len(input_ids)) - starts
+    return PackedBatch(input_ids, token_type_ids, positions, cu_seqlens, lengths)

@@ -1,0 +1,305 @@
+"""The run configuration: typed sections, YAML recipes, dotted overrides, model presets. Imports no torch.
+
+The run configuration owns every number that changes the mathematics; `ds_configs/*.json` only says where state
+is placed (see `albert/deepspeed_config.py`). It is frozen, printed, logged and stored in every checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from albert.errors import ConfigError, MissingInputError
+from albert.model_config import MODEL_PRESETS, ModelConfig, read_model_config
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataConfig(_Section):
+    """Where examples come from, and their order."""
+
+    directory: str
+    """Dataset directory that `python -m data_prep build` made."""
+    num_lanes: int | Literal["auto"] = Field(default="auto")
+    """Lanes of the elastic order; fixed for a whole run. auto chooses from the number of blocks, at most 960."""
+    window_blocks: int = Field(default=4, ge=1)
+    """Blocks per shuffle window of a lane; more shuffles better and needs more memory."""
+    num_workers: int = Field(default=1, ge=0, le=64)
+    """Loader processes per rank; 0 loads in the training process. Does not change the order."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_lanes != "auto" and self.num_lanes < 1:
+            raise ValueError(f"num_lanes ({self.num_lanes}) must be 'auto' or at least 1")
+        return self
+
+
+class TrainConfig(_Section):
+    """How much is trained, in which pieces, and where."""
+
+    output_dir: str
+    """Directory of the run: checkpoints, logs, final model."""
+    num_steps: int = Field(ge=1)
+    """Optimizer steps of the whole run."""
+    stop_after_steps: int | None = Field(default=None, ge=1)
+    """Stop (checkpoint committed, exit code 75) once this step is reached; the schedule is unchanged."""
+    global_batch_size: int = Field(ge=1)
+    """Examples per optimizer step over all ranks; kept whatever the number of ranks."""
+    micro_batch_size: int = Field(ge=1)
+    """Examples per forward pass of one rank; accumulation is derived."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one."""
+    activation_checkpointing: bool = False
+    """Recompute every layer in the backward pass: 25 % slower, far less memory."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the shared layer; auto compiles on CUDA only."""
+    max_nonfinite_steps: int = Field(default=3, ge=1)
+    """Stop with exit code 70 after this many steps in a row with a NaN or infinite loss or gradient."""
+    peer_timeout_s: float = Field(default=600.0, gt=0)
+    """A collective that takes longer ends the run with exit code 76."""
+
+
+class OptimizerConfig(_Section):
+    """LAMB exact under ZeRO, or AdamW."""
+
+    name: Literal["lamb", "adamw"] = "lamb"
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-6, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled; never applied to biases and LayerNorms."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Clip the global gradient norm; 0 for no clipping."""
+    lamb_variant: Literal["google", "brightmart", "deepspeed"] = "google"
+    """google: no bias correction, ratio 1 for biases and LayerNorms. brightmart: ratio on every tensor.
+    deepspeed: ratio on every tensor, bias correction, ratio clamped to [0.01, 10]."""
+
+
+class ScheduleConfig(_Section):
+    """Learning rate as a pure function of the step."""
+
+    name: Literal["google_polynomial", "polynomial", "linear", "cosine", "constant", "wsd"] = "google_polynomial"
+    """google_polynomial decays from step 0 and jumps down at the end of warm-up, as Google's code does;
+    polynomial decays from the end of warm-up. wsd: warm-up, stable, decay."""
+    warmup_steps: int = Field(default=0, ge=0)
+    power: float = Field(default=1.0, gt=0)
+    """Exponent of the two polynomial schedules."""
+    end_learning_rate: float = Field(default=0.0, ge=0)
+    decay_steps: int = Field(default=0, ge=0)
+    """Steps of the decay phase of wsd."""
+
+
+class EvalConfig(_Section):
+    """Held-out MLM and SOP loss and accuracy."""
+
+    interval_steps: int = Field(default=5000, ge=0)
+    """0 for no evaluation, not even at the end."""
+    num_examples: int = Field(default=4096, ge=1)
+    """Examples of the eval split that are used; fewer where the split is smaller."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Examples per forward pass; default train.micro_batch_size."""
+
+
+class CheckpointConfig(_Section):
+    """When state is saved and which states are kept."""
+
+    interval_steps: int = Field(default=1000, ge=1)
+    keep_last: int = Field(default=3, ge=1)
+    """Newest checkpoints kept."""
+    resume: Literal["auto", "required", "never"] = "auto"
+    """auto goes on from the newest checkpoint that verifies, or starts; required fails without one; never refuses
+    a directory that has one."""
+
+
+class LogConfig(_Section):
+    """What is reported and how often."""
+
+    interval_steps: int = Field(default=10, ge=1)
+    tensorboard: bool = True
+    """Write TensorBoard event files beside the JSON lines."""
+    progress: Literal["auto", "on", "off"] = "auto"
+    """Progress bar on rank 0; auto shows it on a terminal and prints lines elsewhere."""
+
+
+class DeepSpeedSection(_Section):
+    """Placement of state."""
+
+    config: str = "zero1"
+    """Name of a file in ds_configs (zero0 zero1 zero2 zero3 zero2_offload) or path of a JSON file."""
+
+
+class RunConfig(_Section):
+    """Everything that a pretraining run is."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Order of examples, initial weights and dropout follow from it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = _cross_problems(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _cross_problems(config: RunConfig) -> list[str]:
+    """Every contradiction between keys; each names both keys and values."""
+    train, schedule, problems = config.train, config.schedule, []
+    if schedule.warmup_steps >= train.num_steps:
+        problems.append(
+            f"schedule.warmup_steps ({schedule.warmup_steps}) must be less than train.num_steps ({train.num_steps})"
+        )
+    if schedule.name == "wsd" and not 0 < schedule.decay_steps <= train.num_steps - schedule.warmup_steps:
+        problems.append(
+            f"schedule.decay_steps ({schedule.decay_steps}) must be between 1 and train.num_steps - "
+            f"schedule.warmup_steps ({train.num_steps - schedule.warmup_steps}) for wsd"
+        )
+    if schedule.end_learning_rate > config.optimizer.learning_rate:
+        problems.append(
+            f"schedule.end_learning_rate ({schedule.end_learning_rate}) must not exceed "
+            f"optimizer.learning_rate ({config.optimizer.learning_rate})"
+        )
+    if train.global_batch_size % train.micro_batch_size:
+        below = train.global_batch_size // train.micro_batch_size * train.micro_batch_size
+        near = [size for size in (below, below + train.micro_batch_size) if size]
+        problems.append(
+            f"train.global_batch_size ({train.global_batch_size}) is not a multiple of train.micro_batch_size "
+            f"({train.micro_batch_size}); nearest multiples are {' and '.join(map(str, near))}"
+        )
+    return problems
+
+
+def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches per optimizer step and rank.
+
+    Raises:
+        ConfigError: the global batch does not divide into micro-batches of all ranks.
+    """
+    per_pass = config.train.micro_batch_size * world_size
+    if config.train.global_batch_size % per_pass:
+        below = config.train.global_batch_size // per_pass * per_pass
+        near = [size for size in (below, below + per_pass) if size]
+        raise ConfigError(
+            f"train.global_batch_size ({config.train.global_batch_size}) is not a multiple of "
+            f"train.micro_batch_size ({config.train.micro_batch_size}) x world_size ({world_size}) = {per_pass}; "
+            f"nearest multiples are {' and '.join(map(str, near))}"
+        )
+    return config.train.global_batch_size // per_pass
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    files = importlib.resources.files("albert.recipes").iterdir()
+    return sorted(Path(file.name).stem for file in files if file.name.endswith(".yaml"))
+
+
+def load_run_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe by name or a YAML file by path, and apply `section.key=value` overrides.
+
+    Raises:
+        MissingInputError: no such recipe or file.
+        ConfigError: lists every problem, each with key, value, what is allowed, nearest valid name.
+    """
+    raw = _read_yaml(recipe)
+    problems = [problem for text in overrides if (problem := _apply_override(raw, text))]
+    raw["model"] = _expand_model(raw.get("model"), recipe, problems)
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        problems += [line for item in error.errors() for line in _describe(item)]
+    if problems:
+        raise ConfigError(f"{recipe}: " + f"\n{recipe}: ".join(problems))
+    return config
+
+
+def _read_yaml(recipe: str) -> dict[str, Any]:
+    if recipe in recipe_names():
+        text = (importlib.resources.files("albert.recipes") / f"{recipe}.yaml").read_text()
+    elif Path(recipe).is_file():
+        text = Path(recipe).read_text()
+    else:
+        raise MissingInputError(
+            f"{recipe}: no such configuration file or recipe; recipes are {', '.join(recipe_names())}"
+        )
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{recipe}: holds no sections; see the recipes for the form of a configuration")
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], text: str) -> str | None:
+    """Put one `section.key=value` into `raw`; returns the problem if it cannot be read."""
+    path, separator, value = text.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys) or len(keys) > 2:
+        return f"override '{text}' is not of the form section.key=value"
+    target = raw
+    for key in keys[:-1]:
+        if not isinstance(target.get(key), dict):
+            target[key] = {}
+        target = target[key]
+    try:
+        target[keys[-1]] = yaml.safe_load(value) if value else ""
+    except yaml.YAMLError:
+        return f"override '{text}': the value is not valid YAML"
+    return None
+
+
+def _expand_model(section: Any, recipe: str, problems: list[str]) -> Any:
+    """Replace `model.preset` (a name or the path of a config.json) by the fields it stands for."""
+    if not isinstance(section, Mapping) or "preset" not in section:
+        return section
+    preset = str(section["preset"])
+    own = {key: value for key, value in section.items() if key != "preset"}
+    if preset in MODEL_PRESETS:
+        return {**MODEL_PRESETS[preset].model_dump(), **own}
+    if Path(preset).is_file():
+        return {**read_model_config(Path(preset)).model_dump(), **own}
+    problems.append(f"model.preset: '{preset}' is neither a preset ({', '.join(MODEL_PRESETS)}) nor a file")
+    return {**ModelConfig().model_dump(), **own}
+
+
+def _describe(item: Any) -> list[str]:
+    """One pydantic error as lines of the form `key: what is wrong, with the value`."""
+    key = ".".join(str(part) for part in item["loc"] if part not in ("int", "literal['auto']"))
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(item["loc"][-1]), _valid_names(item["loc"]), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(_valid_names(item['loc']))}"
+        return [f"{key}: unknown key; {hint}"]
+    if item["type"] == "missing":
+        return [f"{key}: missing; give it in the file or as {key}=VALUE on the command line"]
+    if item["type"] == "value_error":
+        return [f"{key}: {line}" if key else line for line in str(item["ctx"]["error"]).split("\n")]
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return [f"{key}: {message}, got {item['input']!r}"]
+
+
+def _valid_names(location: tuple[Any, ...]) -> list[str]:
+    if len(location) == 1:
+        return list(RunConfig.model_fields)
+    section = RunConfig.model_fields[str(location[0])].annotation
+    names = list(getattr(section, "model_fields", {}))
+    return ["preset", *names] if location[0] == "model" else names

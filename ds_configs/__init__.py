@@ -1,0 +1,1 @@
+"""Data files only; a package so that importlib.resources finds them in every kind of install."""
