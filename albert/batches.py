@@ -56,9 +56,7 @@ class PretrainBatch(_Movable):
     """[batch] int64, 0 in order, 1 swapped, -100 none"""
 
 
-def pack(
-    input_ids: Tensor, token_type_ids: Tensor, lengths: tuple[int, ...]
-) -> PackedBatch:
+def pack(input_ids: Tensor, token_type_ids: Tensor, lengths: tuple[int, ...]) -> PackedBatch:
     """Packed batch from concatenated ids and types, both [tokens]."""
     length = torch.tensor(lengths)
     cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)

@@ -89,7 +89,9 @@ class OptimizerConfig(_Section):
 class ScheduleConfig(_Section):
     """Learning rate as a pure function of the step."""
 
-    name: Literal["google_polynomial", "polynomial", "linear", "cosine", "constant", "wsd"] = "google_polynomial"
+    name: Literal["google_polynomial", "polynomial", "linear", "cosine", "constant", "wsd"] = (
+        "google_polynomial"
+    )
     """google_polynomial decays from step 0 and jumps down at the end of warm-up, as Google's code does;
     polynomial decays from the end of warm-up. wsd: warm-up, stable, decay."""
     warmup_steps: int = Field(default=0, ge=0)

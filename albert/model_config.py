@@ -128,13 +128,17 @@ def read_model_config(path: Path) -> ModelConfig:
             return ModelConfig.model_validate({k: v for k, v in raw.items() if k != "model_type"})
         return ModelConfig.model_validate(_translate_foreign(raw))
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}".removeprefix(": ") for item in error.errors()]
+        lines = [
+            f"{'.'.join(map(str, item['loc']))}: {item['msg']}".removeprefix(": ") for item in error.errors()
+        ]
         raise ConfigError(f"{path}: " + "; ".join(lines)) from error
 
 
 def _translate_foreign(raw: dict[str, Any]) -> dict[str, Any]:
     """Keep the keys that mean something here and translate those whose meaning differs."""
-    known = {key: value for key, value in raw.items() if key in ModelConfig.model_fields and value is not None}
+    known = {
+        key: value for key, value in raw.items() if key in ModelConfig.model_fields and value is not None
+    }
     if known.get("hidden_act") == "gelu" and raw.get("model_type") != "albert":
         known["hidden_act"] = "gelu_new"
     if "share_type" in known:

@@ -88,7 +88,10 @@ class Block:
         Raises:
             DataError: names `where` and the first disagreement.
         """
-        tokens, preds = int(self.lengths.sum(dtype=np.int64)), int(self.num_masked.sum(dtype=np.int64))
+        tokens, preds = (
+            int(self.lengths.sum(dtype=np.int64)),
+            int(self.num_masked.sum(dtype=np.int64)),
+        )
         n = self.num_examples
         sizes = {
             "input_ids": (self.input_ids, tokens),
@@ -253,7 +256,13 @@ def read_manifest(directory: Path | str) -> Manifest:
         for shard in raw["shards"]:
             shard["blocks"] = [dict(zip(BlockEntry.model_fields, b, strict=True)) for b in shard["blocks"]]
         return Manifest.model_validate(raw)
-    except (KeyError, TypeError, ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValidationError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+    ) as error:
         if isinstance(error, DataError):
             raise
         reason = str(error).splitlines()[0]
@@ -303,7 +312,10 @@ def write_shard(directory: Path, name: str, split: str, blocks: Iterable[Block])
             data = encode_block(block, f"{Path(name).stem}-{index:06d}")
             entries.append(
                 BlockEntry(
-                    offset=totals["offset"], length=len(data), examples=block.num_examples, crc32=zlib.crc32(data)
+                    offset=totals["offset"],
+                    length=len(data),
+                    examples=block.num_examples,
+                    crc32=zlib.crc32(data),
                 )
             )
             totals["offset"] += len(data)
@@ -392,4 +404,6 @@ def verify_shard(directory: Path, shard: ShardEntry, vocab_size: int) -> None:
         raise DataError(f"{path}: {size} bytes, the manifest says {shard.bytes}; copy the shard again")
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-            raise DataError(f"{path}: SHA-256 differs from the manifest outside its blocks; copy the shard again")
+            raise DataError(
+                f"{path}: SHA-256 differs from the manifest outside its blocks; copy the shard again"
+            )

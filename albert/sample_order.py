@@ -1,0 +1,145 @@
+"""The elastic order: global position -> (block, example). A pure function of (seed, position).
+
+Position k belongs to lane `k mod L`, where L is fixed for a run. Epoch e permutes all blocks by (seed, e); lane l
+takes every L-th of them, `permutation[l::L]`. Inside a lane, examples are shuffled over windows of several
+blocks by (seed, e, l, window). A lane that has used its blocks of epoch e goes on with its blocks of e + 1, so
+every example is seen exactly once per epoch of its lane and no tail is dropped or padded.
+
+A step takes the next B positions and rank r of W takes those with `k mod W = r`. The examples of a step are
+therefore the same for every number of ranks, any accumulation and any number of loader processes, and the whole
+state of the loader is one integer, the positions consumed. When W divides L, a rank reads only its own lanes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from albert.errors import ConfigError
+
+_AUTO_LANES = (960, 480, 240, 120, 60, 24, 12, 6, 4, 2, 1)
+_MIN_BLOCKS_PER_LANE = 16
+_PERMUTATION, _WINDOW = 0, 1
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+def choose_num_lanes(num_blocks: int) -> int:
+    """Lanes for a dataset: highly composite, at most 960, with enough blocks per lane to shuffle."""
+    return next((lanes for lanes in _AUTO_LANES if num_blocks >= lanes * _MIN_BLOCKS_PER_LANE), 1)
+
+
+class SampleOrder:
+    """Maps positions to examples; holds a few cached permutations and no other state."""
+
+    def __init__(
+        self, block_examples: Sequence[int], *, seed: int, num_lanes: int, window_blocks: int
+    ) -> None:
+        """Set up the order.
+
+        Args:
+            block_examples: [blocks] number of examples of every block, in manifest order; each at least 1.
+            seed: of the run.
+            num_lanes: L; at most the number of blocks, so that no lane is empty.
+            window_blocks: blocks per shuffle window of a lane.
+
+        Raises:
+            ConfigError: more lanes than blocks, or no blocks at all.
+        """
+        self.block_examples = np.asarray(block_examples, np.int64)
+        if len(self.block_examples) == 0:
+            raise ConfigError("data.directory: the train split holds no examples; build it from more text")
+        if num_lanes > len(self.block_examples):
+            raise ConfigError(
+                f"data.num_lanes ({num_lanes}) is more than the dataset's {len(self.block_examples)} blocks; "
+                "use data.num_lanes=auto"
+            )
+        self.seed, self.num_lanes, self.window_blocks = seed, num_lanes, window_blocks
+        self.examples_per_epoch = int(self.block_examples.sum())
+        # [epochs known + 1, lanes]: index inside its lane at which a lane's epoch begins
+        self._epoch_starts = [np.zeros(num_lanes, np.int64)]
+        self._permutations: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int, int], NDArray[np.int64]] = OrderedDict()
+        self._window_starts: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """The (block, example inside the block) at a global position."""
+        index, lane = divmod(position, self.num_lanes)
+        epoch = self._epoch_of(lane, index)
+        index -= int(self._epoch_starts[epoch][lane])
+        starts = self._lane_window_starts(epoch, lane)
+        window = int(np.searchsorted(starts, index, side="right")) - 1
+        block, example = self._window(epoch, lane, window)[index - starts[window]]
+        return int(block), int(example)
+
+    def epoch(self, position: int) -> float:
+        """Epochs consumed before a position, over all lanes; for reports."""
+        return position / self.examples_per_epoch
+
+    def _epoch_of(self, lane: int, index: int) -> int:
+        while self._epoch_starts[-1][lane] <= index:
+            epoch = len(self._epoch_starts) - 1
+            counts = self.block_examples[self._permutation(epoch)]
+            padded = np.zeros(-(-len(counts) // self.num_lanes) * self.num_lanes, np.int64)
+            padded[: len(counts)] = counts
+            per_lane = padded.reshape(-1, self.num_lanes).sum(axis=0)
+            self._epoch_starts.append(self._epoch_starts[-1] + per_lane)
+        epoch = len(self._epoch_starts) - 2
+        while self._epoch_starts[epoch][lane] > index:
+            epoch -= 1
+        return epoch
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        def make() -> NDArray[np.int64]:
+            generator = np.random.default_rng([self.seed, _PERMUTATION, epoch])
+            return generator.permutation(len(self.block_examples))
+
+        return _cached(self._permutations, epoch, 3, make)
+
+    def _lane_blocks(self, epoch: int, lane: int) -> NDArray[np.int64]:
+        return self._permutation(epoch)[lane :: self.num_lanes]
+
+    def _lane_window_starts(self, epoch: int, lane: int) -> NDArray[np.int64]:
+        """[windows] index inside the lane's epoch at which each window begins."""
+
+        def make() -> NDArray[np.int64]:
+            counts = self.block_examples[self._lane_blocks(epoch, lane)]
+            ends = np.concatenate(([0], np.cumsum(counts)))
+            return ends[:-1][:: self.window_blocks]
+
+        return _cached(self._window_starts, (epoch, lane), 2 * self.num_lanes, make)
+
+    def _window(self, epoch: int, lane: int, window: int) -> NDArray[np.int64]:
+        """[examples, 2] block and example, shuffled."""
+
+        def make() -> NDArray[np.int64]:
+            first = window * self.window_blocks
+            blocks = self._lane_blocks(epoch, lane)[first : first + self.window_blocks]
+            counts = self.block_examples[blocks]
+            within = np.concatenate([np.arange(count) for count in counts])
+            pairs = np.stack([np.repeat(blocks, counts), within], axis=1)
+            generator = np.random.default_rng([self.seed, _WINDOW, epoch, lane, window])
+            return pairs[generator.permutation(len(pairs))]
+
+        return _cached(self._windows, (epoch, lane, window), 2 * self.num_lanes, make)
+
+
+def _cached(cache: OrderedDict[_Key, _Value], key: _Key, capacity: int, make: Callable[[], _Value]) -> _Value:
+    """`cache[key]`, made on demand; the least recently used entries beyond `capacity` are dropped."""
+    if key not in cache:
+        cache[key] = make()
+        if len(cache) > capacity:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return cache[key]
+
+
+def rank_positions(start: int, global_batch_size: int, rank: int, world_size: int) -> range:
+    """Positions of one step that belong to a rank: those k in [start, start + B) with k mod W = rank."""
+    first = start + (rank - start) % world_size
+    return range(first, start + global_batch_size, world_size)
