@@ -1,0 +1,242 @@
+"""The ALBERT encoder (Lan et al. 2020, arXiv 1909.11942) on packed tokens.
+
+One encoder serves Google's and brightmart's layouts, post-LN and pre-LN, and every way to share layers:
+it holds a few attention and feed-forward blocks and applies them as often as the configuration says.
+Padding is never computed: the batch is `[tokens, hidden]` from the embeddings on. Queries, keys and
+values are separate parameters, so that checkpoints and layer-wise optimizers see them apart, and are
+joined into one matrix once per forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from albert.attention import PackedLayout, PaddedLayout, attend, packed_layout
+from albert.batches import PackedBatch
+from albert.model_config import ModelConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+class AlbertEmbeddings(nn.Module):
+    """Sum of word, position and type embeddings, normalised.
+
+    Google adds at the embedding size and projects afterwards (in the encoder); brightmart projects the word
+    embedding first, without bias, and adds at the hidden size. brightmart with equal sizes has no projection.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        is_google = config.layout == "google"
+        width = config.embedding_size if is_google else config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.word_embeddings_2: nn.Linear | None = None
+        if not is_google and config.embedding_size != config.hidden_size:
+            self.word_embeddings_2 = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Embed [tokens] ids; returns [tokens, embed] (google) or [tokens, hidden] (brightmart)."""
+        words = self.word_embeddings(input_ids)
+        if self.word_embeddings_2 is not None:
+            words = self.word_embeddings_2(words)
+        types, positions = self.token_type_embeddings(token_type_ids), self.position_embeddings(position_ids)
+        return self.dropout(self.LayerNorm(words + types + positions))
+
+    def word_logits(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        """Decode with the tied word embeddings: [preds, embed or hidden] to [preds, vocab]."""
+        if self.word_embeddings_2 is not None:
+            hidden = hidden @ self.word_embeddings_2.weight
+        return F.linear(hidden, self.word_embeddings.weight, bias)
+
+
+class AlbertAttention(nn.Module):
+    """Self-attention block with its residual and LayerNorm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.is_preln = config.ln_type == "preln"
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.query = nn.Linear(hidden, hidden)
+        self.key = nn.Linear(hidden, hidden)
+        self.value = nn.Linear(hidden, hidden)
+        self.dense = nn.Linear(hidden, hidden)
+        self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def joined_projection(self) -> tuple[Tensor, Tensor]:
+        """Weight [3 * hidden, hidden] and bias [3 * hidden] of query, key and value."""
+        parts = (self.query, self.key, self.value)
+        return torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor, layout: PackedLayout | PaddedLayout
+    ) -> Tensor:
+        """Attend; `weight` and `bias` are this block's joined projection. [tokens, hidden] to the same."""
+        source = self.LayerNorm(hidden) if self.is_preln else hidden
+        qkv = F.linear(source, weight, bias).view(hidden.shape[0], 3, self.num_heads, -1)
+        context = attend(qkv, layout, self.attention_dropout if self.training else 0.0)
+        output = hidden + self.dropout(self.dense(context))
+        return output if self.is_preln else self.LayerNorm(output)
+
+
+class AlbertFeedForward(nn.Module):
+    """Feed-forward block with its residual and LayerNorm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.is_preln = config.ln_type == "preln"
+        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[tokens, hidden] to the same."""
+        source = self.LayerNorm(hidden) if self.is_preln else hidden
+        inner = self.activation(self.intermediate(source))
+        output = hidden + self.dropout(self.output(inner))
+        return output if self.is_preln else self.LayerNorm(output)
+
+
+def block_of_use(config: ModelConfig) -> tuple[list[int], list[int]]:
+    """Which attention block and which feed-forward block each layer use takes.
+
+    `share_type` names what is shared: `attention` has one attention block for all layers and a
+    feed-forward block for each. Google's groups: a group serves a contiguous run of layers, each of
+    which applies the group's inner layers in turn.
+    """
+    layers, groups, inner = config.num_hidden_layers, config.num_hidden_groups, config.inner_group_num
+    if config.share_type != "all":
+        own, shared = list(range(layers)), [0] * layers
+        return (
+            shared if config.share_type == "attention" else own,
+            shared if config.share_type == "ffn" else own,
+        )
+    layers_per_group = layers // groups
+    uses = [(layer // layers_per_group) * inner + i for layer in range(layers) for i in range(inner)]
+    return uses, uses
+
+
+class AlbertEncoder(nn.Module):
+    """The blocks and the order in which they are applied."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_of_use, self.feed_forward_of_use = block_of_use(config)
+        self.embedding_hidden_mapping_in: nn.Linear | None = None
+        if config.layout == "google":
+            self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
+        self.attention = nn.ModuleList(AlbertAttention(config) for _ in range(max(self.attention_of_use) + 1))
+        self.feed_forward = nn.ModuleList(
+            AlbertFeedForward(config) for _ in range(max(self.feed_forward_of_use) + 1)
+        )
+        self.LayerNorm: nn.LayerNorm | None = None
+        if config.final_ln:
+            self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.activation_checkpointing = False
+        """Keep only the input of each layer use and compute the rest again in the backward pass."""
+
+    def forward(self, hidden: Tensor, layout: PackedLayout | PaddedLayout) -> Tensor:
+        """[tokens, embed or hidden] from the embeddings to [tokens, hidden]."""
+        if self.embedding_hidden_mapping_in is not None:
+            hidden = self.embedding_hidden_mapping_in(hidden)
+        joined = [block.joined_projection() for block in self.attention]  # type: ignore[operator]
+        for a, f in zip(self.attention_of_use, self.feed_forward_of_use, strict=True):
+            if self.activation_checkpointing and self.training:
+                # The reentrant kind fails under ZeRO-2/3 when a layer is used more than once.
+                hidden = checkpoint(self._layer, hidden, a, f, joined[a], layout, use_reentrant=False)
+            else:
+                hidden = self._layer(hidden, a, f, joined[a], layout)
+        return hidden if self.LayerNorm is None else self.LayerNorm(hidden)
+
+    def _layer(
+        self,
+        hidden: Tensor,
+        a: int,
+        f: int,
+        joined: tuple[Tensor, Tensor],
+        layout: PackedLayout | PaddedLayout,
+    ) -> Tensor:
+        return self.feed_forward[f](self.attention[a](hidden, *joined, layout))
+
+
+class AlbertModel(nn.Module):
+    """Embeddings, encoder and pooler."""
+
+    def __init__(self, config: ModelConfig, *, has_pooler: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = AlbertEmbeddings(config)
+        self.encoder = AlbertEncoder(config)
+        self.pooler: nn.Linear | None = None
+        if has_pooler:
+            self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        """Encode packed sequences.
+
+        Returns:
+            sequence_output [tokens, hidden], and pooled_output [batch, hidden] of the first token of each
+            sequence (None without a pooler).
+        """
+        embedded = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids)
+        hidden = self.encoder(embedded, packed_layout(batch))
+        return hidden, self._pool(hidden, batch.cu_seqlens[:-1])
+
+    def forward_padded(
+        self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode padded sequences, for export and comparison.
+
+        Args:
+            input_ids: [batch, seq]
+            token_type_ids: [batch, seq]
+            attention_mask: [batch, seq], nonzero for real tokens.
+
+        Returns:
+            sequence_output [batch, seq, hidden] (undefined at padding), and pooled_output [batch, hidden]
+            (None without a pooler).
+        """
+        batch, seq = input_ids.shape
+        positions = torch.arange(seq, device=input_ids.device).repeat(batch)
+        embedded = self.embeddings(input_ids.flatten(), token_type_ids.flatten(), positions)
+        hidden = self.encoder(embedded, PaddedLayout(attention_mask.bool()))
+        first = torch.arange(batch, device=input_ids.device) * seq
+        return hidden.unflatten(0, (batch, seq)), self._pool(hidden, first)
+
+    def _pool(self, hidden: Tensor, first: Tensor) -> Tensor | None:
+        """Pooled output of the tokens at `first` [batch]."""
+        return None if self.pooler is None else torch.tanh(self.pooler(hidden.index_select(0, first)))
+
+
+def initialize_weights(model: nn.Module, std: float, seed: int) -> None:
+    """Initialise as Google: weights truncated normal at two `std`, biases 0, LayerNorm 1 and 0.
+
+    Deterministic in `seed`, whatever the global generators hold. Parameters on the meta device are left
+    alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.is_meta:
+                continue
+            if parameter.dim() > 1:
+                nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std, generator=generator)
+            else:
+                nn.init.constant_(parameter, float(name.endswith("LayerNorm.weight")))
