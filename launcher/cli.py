@@ -1,0 +1,126 @@
+"""Start any job anywhere: `python -m launcher {local,hosts,slurm,preflight,plan}`. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from albert.config import gradient_accumulation_steps, load_run_config
+from albert.errors import ConfigError, run_command
+from launcher.job import PROGRAMS, Job
+from launcher.local import plan_local, run_local
+
+_EXAMPLES = """\
+examples:
+  python -m launcher local -n 2 pretrain --config demo train.num_steps=200
+  python -m launcher local -n 8 pretrain --config xlarge data.directory=shards train.output_dir=runs/a
+  python -m launcher local -n 2 --dry-run pretrain --config demo     print what would run
+  python -m launcher local -n 4 data build --input text/*.txt --tokenizer spiece.model --output shards
+  python -m launcher local finetune --task lcqmc --data-dir lcqmc --model runs/a --output runs/b --do-train
+
+SIGTERM, SIGUSR1 and Ctrl-C reach every rank: they commit a checkpoint and the job ends with 75;
+start it again to go on. Exit codes: 0 done, 65 bad data, 66 missing input, 70 not finite, 74 disk,
+75 stopped, 76 a rank was lost, 77 refused, 78 configuration.
+"""
+
+_ABSENT = ("hosts", "slurm", "preflight", "plan")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of the launcher."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launcher",
+        description="Start training, fine-tuning or data preparation on this machine, on hosts or on Slurm.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    places = parser.add_subparsers(dest="place", required=True, metavar="PLACE")
+    local = places.add_parser(
+        "local",
+        help="ranks on this machine",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    local.add_argument("-n", dest="num_ranks", type=int, help="ranks (default: one per GPU, or 1)")
+    local.add_argument("--log-dir", help="directory for rank-N.log (default: all on the terminal)")
+    _add_program(local)
+    local.set_defaults(run=_run_local)
+    for name in _ABSENT:
+        absent = places.add_parser(name, help="not available in this version", add_help=False)
+        absent.add_argument("arguments", nargs=argparse.REMAINDER)
+        absent.set_defaults(run=_run_absent)
+    return parser
+
+
+def _add_program(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and run nothing")
+    parser.add_argument("program", choices=PROGRAMS, help="what to run")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="given to the program as they are")
+
+
+def _run_absent(options: argparse.Namespace) -> int:
+    raise ConfigError(f"launcher {options.place}: not available in this version; use launcher local")
+
+
+def _run_local(options: argparse.Namespace) -> int:
+    num_ranks = count_gpus(os.environ) or 1 if options.num_ranks is None else options.num_ranks
+    arguments = tuple(options.arguments)
+    if options.program == "pretrain":
+        check_pretrain(arguments, num_ranks)
+    if options.program == "data":
+        arguments, num_ranks = data_workers(arguments, num_ranks), 1
+    job = Job(PROGRAMS[options.program], arguments, log_directory=options.log_dir)
+    run = plan_local(job, num_ranks, os.environ)
+    if options.dry_run:
+        print(run.describe())
+        return 0
+    return run_local(run)
+
+
+def check_pretrain(arguments: Sequence[str], num_ranks: int) -> None:
+    """Find mistakes in the configuration before any rank starts.
+
+    Raises:
+        ConfigError, MissingInputError: as `albert.pretrain` would, seconds later and on every rank.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    known, rest = parser.parse_known_args(list(arguments))
+    if known.config is None or any(word.startswith("-") for word in rest):
+        return  # --help, or something that only the program itself understands
+    gradient_accumulation_steps(load_run_config(known.config, rest), num_ranks)
+
+
+def data_workers(arguments: tuple[str, ...], num_workers: int) -> tuple[str, ...]:
+    """Arguments of data_prep, where one process starts the others itself.
+
+    Raises:
+        ConfigError: -n contradicts --workers, or the command uses one process only.
+    """
+    if num_workers == 1:
+        return arguments
+    if not arguments or arguments[0] != "build":
+        raise ConfigError(f"-n: {num_workers} processes are for 'data build' only; leave -n out")
+    if any(word == "--workers" or word.startswith("--workers=") for word in arguments):
+        raise ConfigError("--workers: -n says the same; give one of them")
+    return (*arguments, "--workers", str(num_workers))
+
+
+def count_gpus(environment: dict[str, str] | os._Environ[str]) -> int:
+    """NVIDIA GPUs that ranks may use."""
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        return len([name for name in environment["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()])
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+
+
+def _main() -> None:
+    options = build_parser().parse_args()
+    sys.exit(options.run(options))
+
+
+def main() -> None:
+    """Entry point of `python -m launcher` and `albert-launch`."""
+    sys.exit(run_command(_main))

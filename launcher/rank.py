@@ -1,0 +1,145 @@
+"""Runs one rank as a child: its place among the ranks, its log, its signals, and a record of how it ended.
+
+Started by DeepSpeed's launcher, mpirun or srun as `python -m launcher.rank --job WORD`. DeepSpeed's
+launcher hides the exit codes of the ranks and kills the others 30 s after the first failure, which is
+not enough to commit a checkpoint; so the record goes into a file, and DeepSpeed only hears that all is
+well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from albert.errors import ConfigError, run_command
+from launcher.job import Job
+from launcher.outcome import RankEnd
+from launcher.process import child_setup, die_with_parent, signals_held, start_time
+
+_PLACES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+"""Variables that say where a rank stands: DeepSpeed's, OpenMPI's, Slurm's. The first whole set counts."""
+
+
+def rank_place(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE and LOCAL_RANK, from the variables of whoever started this rank.
+
+    Raises:
+        ConfigError: nobody has said which rank this is.
+    """
+    for names in _PLACES:
+        values = [environment.get(name, "") for name in names]
+        if all(value.isdigit() for value in values):
+            return dict(zip(_PLACES[0], values, strict=True))
+    raise ConfigError(
+        "launcher.rank: neither RANK nor OMPI_COMM_WORLD_RANK nor SLURM_PROCID is set; start ranks with "
+        "python -m launcher"
+    )
+
+
+def run_rank(job: Job, environment: Mapping[str, str]) -> RankEnd:
+    """Start the rank, pass signals on to it, wait for it.
+
+    Args:
+        job: what to run.
+        environment: of this process.
+    """
+    place = rank_place(environment)
+    rank = int(place["RANK"])
+    with signals_held() as held:
+        child = _start(job, rank, {**environment, **dict(job.environment), **place})
+        pump = _follow(child, job, rank)
+        pids = {"pid": os.getpid(), "started": start_time(os.getpid())}
+        child_pids = {"child": child.pid, "child_started": start_time(child.pid)}
+        _record(job, rank, "started", {**pids, **child_pids})
+        sent: list[int] = []
+        while child.poll() is None:
+            number = signal.sigwait(held)
+            if number != signal.SIGCHLD:
+                child.send_signal(number)
+                sent.append(int(number))
+    if pump is not None:
+        pump.join(timeout=5)
+    end = RankEnd(rank, socket.gethostname(), child.returncode, time.time(), tuple(sent))
+    _record(job, rank, "ended", {"host": end.host, "code": end.code, "at": end.at, "sent": sent})
+    return end
+
+
+def _start(job: Job, rank: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    is_shown = rank == 0 and job.log_directory is None
+    output = None if is_shown else subprocess.PIPE
+    return subprocess.Popen(
+        job.command(),
+        env=environment,
+        stdout=output,
+        stderr=None if is_shown else subprocess.STDOUT,
+        preexec_fn=child_setup(),  # noqa: PLW1509 - this process has no threads yet
+    )
+
+
+def _follow(child: subprocess.Popen[bytes], job: Job, rank: int) -> threading.Thread | None:
+    """Copy what the rank prints to its log, or with `[rank N]` before each line to the terminal."""
+    if child.stdout is None:
+        return None
+    log = None
+    if job.log_directory is not None:
+        Path(job.log_directory).mkdir(parents=True, exist_ok=True)
+        log = (Path(job.log_directory) / f"rank-{rank}.log").open("ab", buffering=0)
+    shown = sys.stdout.buffer if rank == 0 else sys.stderr.buffer if log is None else None
+    prefix = f"[rank {rank}] ".encode() if rank else b""
+    pump = threading.Thread(target=_copy, args=(child.stdout, log, shown, prefix), daemon=True)
+    pump.start()
+    return pump
+
+
+def _copy(source: IO[bytes], log: IO[bytes] | None, shown: IO[bytes] | None, prefix: bytes) -> None:
+    for line in source:
+        if log is not None:
+            log.write(line)
+        if shown is not None:
+            shown.write(line if line.startswith(prefix) else prefix + line)
+            shown.flush()
+
+
+def _record(job: Job, rank: int, event: str, fields: dict[str, object]) -> None:
+    if job.status_directory is None:
+        return
+    path = Path(job.status_directory) / f"rank-{rank}.{event}.json"
+    hidden = path.with_suffix(".tmp")
+    hidden.write_text(json.dumps({"rank": rank, **fields}))
+    hidden.rename(path)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m launcher.rank",
+        description="Run one rank of a job. Started by the launcher, not by hand.",
+    )
+    parser.add_argument("--job", required=True, help="what to run, as one word that the launcher made")
+    job = Job.decode(parser.parse_args().job)
+    die_with_parent(os.getppid())
+    end = run_rank(job, os.environ)
+    if job.status_directory is None:
+        sys.exit(end.code if end.code >= 0 else 128 - end.code)
+
+
+def main() -> None:
+    """Entry point of `python -m launcher.rank`."""
+    sys.exit(run_command(_main))
+
+
+if __name__ == "__main__":
+    main()
