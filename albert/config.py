@@ -1,7 +1,7 @@
 """The run configuration: typed sections, YAML recipes, dotted overrides, model presets. Imports no torch.
 
-The run configuration owns every number that changes the mathematics; `ds_configs/*.json` only says where state
-is placed (see `albert/deepspeed_config.py`). It is frozen, printed, logged and stored in every checkpoint.
+The run configuration owns every number that changes the mathematics; `ds_configs/*.json` only says where
+state is placed (see `albert/deepspeed_config.py`). It is frozen, printed, logged and stored in every checkpoint.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class DataConfig(_Section):
     directory: str
     """Dataset directory that `python -m data_prep build` made."""
     num_lanes: int | Literal["auto"] = Field(default="auto")
-    """Lanes of the elastic order; fixed for a whole run. auto chooses from the number of blocks, at most 960."""
+    """Lanes of the elastic order, fixed for a run; auto chooses from the number of blocks, at most 960."""
     window_blocks: int = Field(default=4, ge=1)
     """Blocks per shuffle window of a lane; more shuffles better and needs more memory."""
     num_workers: int = Field(default=1, ge=0, le=64)
@@ -120,8 +120,10 @@ class CheckpointConfig(_Section):
     keep_last: int = Field(default=3, ge=1)
     """Newest checkpoints kept."""
     resume: Literal["auto", "required", "never"] = "auto"
-    """auto goes on from the newest checkpoint that verifies, or starts; required fails without one; never refuses
-    a directory that has one."""
+    """auto goes on from the newest checkpoint that verifies, or starts; required fails without one;
+    never refuses a directory that has one."""
+    allow_changes: tuple[str, ...] = ()
+    """Keys (or `dataset`, `tokenizer`) that may differ from those of the checkpoint that is resumed."""
 
 
 class LogConfig(_Section):
@@ -169,7 +171,8 @@ def _cross_problems(config: RunConfig) -> list[str]:
     train, schedule, problems = config.train, config.schedule, []
     if schedule.warmup_steps >= train.num_steps:
         problems.append(
-            f"schedule.warmup_steps ({schedule.warmup_steps}) must be less than train.num_steps ({train.num_steps})"
+            f"schedule.warmup_steps ({schedule.warmup_steps}) must be less than "
+            f"train.num_steps ({train.num_steps})"
         )
     if schedule.name == "wsd" and not 0 < schedule.decay_steps <= train.num_steps - schedule.warmup_steps:
         problems.append(
@@ -185,8 +188,8 @@ def _cross_problems(config: RunConfig) -> list[str]:
         below = train.global_batch_size // train.micro_batch_size * train.micro_batch_size
         near = [size for size in (below, below + train.micro_batch_size) if size]
         problems.append(
-            f"train.global_batch_size ({train.global_batch_size}) is not a multiple of train.micro_batch_size "
-            f"({train.micro_batch_size}); nearest multiples are {' and '.join(map(str, near))}"
+            f"train.global_batch_size ({train.global_batch_size}) is not a multiple of "
+            f"train.micro_batch_size ({train.micro_batch_size}); nearest multiples are {' and '.join(map(str, near))}"
         )
     return problems
 
@@ -203,8 +206,8 @@ def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
         near = [size for size in (below, below + per_pass) if size]
         raise ConfigError(
             f"train.global_batch_size ({config.train.global_batch_size}) is not a multiple of "
-            f"train.micro_batch_size ({config.train.micro_batch_size}) x world_size ({world_size}) = {per_pass}; "
-            f"nearest multiples are {' and '.join(map(str, near))}"
+            f"train.micro_batch_size ({config.train.micro_batch_size}) x world_size ({world_size}) = "
+            f"{per_pass}; nearest multiples are {' and '.join(map(str, near))}"
         )
     return config.train.global_batch_size // per_pass
 

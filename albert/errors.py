@@ -80,7 +80,8 @@ def run_command(main: Callable[[], None]) -> int:
     try:
         main()
     except AlbertError as error:
-        sys.stderr.write(f"{prefix}error: {error}\n")
+        kind = "stopped" if isinstance(error, PreemptedError) else "error"
+        sys.stderr.write(f"{prefix}{kind}: {error}\n")
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output went away (for example `| head`); keep the interpreter's own flush quiet.
@@ -90,6 +91,6 @@ def run_command(main: Callable[[], None]) -> int:
         if error.errno not in _DISK_ERRNOS:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"{prefix}error: {where}{error.strerror}; free space or choose another directory\n")
+        sys.stderr.write(f"{prefix}error: {where}{error.strerror}; free space or choose another place\n")
         return DiskError.exit_code
     return 0

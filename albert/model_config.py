@@ -148,7 +148,12 @@ def _translate_foreign(raw: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
+def model_config_bytes(config: ModelConfig) -> bytes:
+    """Content of a config.json in this project's own form."""
+    fields = {"model_type": "albert-pretraining", **config.model_dump()}
+    return (json.dumps(fields, indent=2) + "\n").encode()
+
+
 def write_model_config(config: ModelConfig, path: Path) -> None:
     """Write config.json in this project's own form."""
-    fields = {"model_type": "albert-pretraining", **config.model_dump()}
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    path.write_bytes(model_config_bytes(config))

@@ -1,0 +1,324 @@
+"""Checkpoints: topology-free, pickle-free, committed atomically, verified before use.
+
+`checkpoints/step-00000100/` holds `manifest.json`, `config.json`, the tokenizer and one safetensors file per rank
+that wrote it. Tensors are full fp32 weights and moments, dealt over the ranks by size, so any number of ranks
+and any ZeRO stage loads any checkpoint.
+
+Commit: every rank writes its file into `step-N.tmp-*`, hashing while writing, and syncs it; rank 0 writes the
+manifest with all hashes, renames the directory, syncs its parent, moves the pointer `latest`, and only then
+removes older checkpoints. A crash at any moment leaves the previous checkpoint untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from albert.distributed import World, barrier, gather_rows, min_over_ranks
+from albert.errors import DataError, DiskError, MissingInputError
+from albert.shards import sync_directory, write_file_durably
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+POINTER_NAME = "latest"
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_TEMPORARY_NAME = re.compile(r"step-\d{8,}\.tmp")
+_PARTS = ("weights", "exp_avg", "exp_avg_sq")
+
+
+class FileEntry(BaseModel):
+    """How to verify one file of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    bytes: int
+    sha256: str
+
+
+class TrainingState(BaseModel):
+    """Everything besides tensors that a run needs to go on exactly."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    step: int
+    """Optimizer steps done, skipped ones included."""
+    position: int
+    """Global positions consumed; the whole state of the loader."""
+    optimizer_steps: int
+    """Steps that the moments have seen."""
+    loss_scaler: dict[str, float]
+    best_metrics: dict[str, float] = {}
+    run_config: dict[str, Any]
+    dataset_sha256: str
+    tokenizer_sha256: str
+    world_size: int
+
+
+class CheckpointManifest(BaseModel):
+    """Content of manifest.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format_version: int
+    state: TrainingState
+    files: dict[str, FileEntry]
+
+
+def step_directory(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return directory / f"step-{step:08d}"
+
+
+def list_steps(directory: Path) -> list[int]:
+    """Steps of all committed checkpoints, ascending; other names are ignored."""
+    if not directory.is_dir():
+        return []
+    matches = (_STEP_NAME.fullmatch(path.name) for path in directory.iterdir() if path.is_dir())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def find_latest(run_directory: Path | str) -> Path:
+    """Newest committed checkpoint of a run directory (or of its `checkpoints` directory).
+
+    Raises:
+        MissingInputError: there is none.
+    """
+    run_directory = Path(run_directory)
+    nested = run_directory / "checkpoints"
+    directory = nested if nested.is_dir() else run_directory
+    steps = list_steps(directory)
+    if not steps:
+        raise MissingInputError(f"{run_directory}: no committed checkpoint; start the pretraining first")
+    return step_directory(directory, steps[-1])
+
+
+def deal_over_ranks(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
+    """Rank that writes each tensor: the largest first, always to the rank with the least so far."""
+    loads = [0] * world_size
+    owners = {}
+    for name in sorted(sizes, key=lambda key: (-sizes[key], key)):
+        owner = loads.index(min(loads))
+        owners[name] = owner
+        loads[owner] += sizes[name]
+    return owners
+
+
+def save(
+    directory: Path,
+    state: TrainingState,
+    tensors: Iterable[tuple[str, str, Tensor]],
+    shapes: Mapping[str, torch.Size],
+    world: World,
+    extra_files: Mapping[str, bytes],
+    keep_last: int,
+) -> Path:
+    """Commit one checkpoint. Collective.
+
+    Args:
+        directory: of the run's checkpoints, shared by all ranks.
+        state: equal on all ranks.
+        tensors: (part, name, full tensor) in equal order on all ranks; see `Engine.gather_state`.
+        shapes: of every parameter.
+        world: the ranks.
+        extra_files: small files that rank 0 adds, such as config.json and the tokenizer.
+        keep_last: newest checkpoints that stay.
+
+    Raises:
+        DiskError: any rank could not write; earlier checkpoints are untouched.
+    """
+    final = step_directory(directory, state.step)
+    temporary = final.with_name(f"{final.name}.tmp")
+    owners = deal_over_ranks({name: shape.numel() for name, shape in shapes.items()}, world.size)
+    mine = {f"{part}/{name}": tensor for part, name, tensor in tensors if owners[name] == world.rank}
+
+    def stage() -> None:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    _on_all_ranks(stage, directory)
+    row = torch.zeros(5, dtype=torch.int64)
+
+    def write() -> None:
+        data = safetensors.torch.save(mine)
+        sha256 = write_file_durably(temporary / _rank_file(world.rank, world.size), [data])
+        row[0] = len(data)
+        row[1:] = torch.frombuffer(bytearray.fromhex(sha256), dtype=torch.int64)
+
+    _on_all_ranks(write, directory)
+    rows = gather_rows(row)
+
+    def commit() -> None:
+        if world.is_main:
+            _commit(temporary, final, state, rows, extra_files)
+
+    _on_all_ranks(commit, directory)
+    if world.is_main:
+        _remove_old(directory, keep_last)
+    return final
+
+
+def _rank_file(rank: int, world_size: int) -> str:
+    return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def _on_all_ranks(action: Callable[[], None], directory: Path) -> None:
+    """Run an action on every rank; if it fails on any of them, all ranks raise."""
+    problem: OSError | None = None
+    try:
+        action()
+    except OSError as error:
+        problem = error
+    if min_over_ranks(0 if problem else 1):
+        return
+    if problem is None:
+        raise DiskError(f"{directory}: another rank could not write the checkpoint; older ones are untouched")
+    raise DiskError(
+        f"{problem.filename or directory}: cannot write the checkpoint ({problem.strerror}); older ones are "
+        "untouched; free space or choose another train.output_dir"
+    ) from problem
+
+
+def _commit(
+    temporary: Path, final: Path, state: TrainingState, rows: Tensor, extra_files: Mapping[str, bytes]
+) -> None:
+    files = {
+        _rank_file(rank, len(rows)): FileEntry(bytes=int(row[0]), sha256=row[1:].numpy().tobytes().hex())
+        for rank, row in enumerate(rows)
+    }
+    for name, data in extra_files.items():
+        sha256 = write_file_durably(temporary / name, [data])
+        files[name] = FileEntry(bytes=len(data), sha256=sha256)
+    manifest = CheckpointManifest(format_version=FORMAT_VERSION, state=state, files=files)
+    write_file_durably(temporary / MANIFEST_NAME, [manifest.model_dump_json(indent=1).encode()])
+    if final.exists():
+        # Only after a resume from an older step: the new checkpoint replaces one that did not verify.
+        shutil.rmtree(final)
+    temporary.rename(final)
+    sync_directory(final.parent)
+    write_file_durably(final.parent / POINTER_NAME, [f"{final.name}\n".encode()])
+
+
+def _remove_old(directory: Path, keep_last: int) -> None:
+    """Remove all but the newest checkpoints, and what interrupted saves left; never anything else."""
+    for step in list_steps(directory)[:-keep_last]:
+        # Renamed first, so that a crash in between leaves no half checkpoint under a committed name.
+        doomed = step_directory(directory, step)
+        shutil.rmtree(doomed.rename(doomed.with_name(f"{doomed.name}.tmp")), ignore_errors=True)
+    for path in directory.iterdir():
+        if _TEMPORARY_NAME.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def read_checkpoint(directory: Path) -> tuple[TrainingState, dict[str, dict[str, Tensor]]]:
+    """Read and verify every byte of a checkpoint.
+
+    Returns:
+        The state, and part ("weights", "exp_avg", "exp_avg_sq") -> parameter name -> fp32 tensor.
+
+    Raises:
+        MissingInputError: no manifest, so not a committed checkpoint.
+        DataError: names the file that differs from the manifest.
+    """
+    manifest = read_manifest(directory)
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
+    for name, entry in manifest.files.items():
+        data = _read_verified(directory / name, entry)
+        if name.endswith(".safetensors"):
+            for key, tensor in safetensors.torch.load(data).items():
+                part, _, parameter = key.partition("/")
+                parts[part][parameter] = tensor
+    return manifest.state, parts
+
+
+def read_manifest(directory: Path) -> CheckpointManifest:
+    """Read and check the manifest of a checkpoint.
+
+    Raises:
+        MissingInputError: there is none.
+        DataError: it is damaged or of another format version.
+    """
+    path = Path(directory) / MANIFEST_NAME
+    try:
+        raw = json.loads(path.read_bytes())
+        if raw["format_version"] != FORMAT_VERSION:
+            raise DataError(
+                f"{path}: checkpoint format {raw['format_version']}, this program reads {FORMAT_VERSION}"
+            )
+        return CheckpointManifest.model_validate(raw)
+    except FileNotFoundError:
+        raise MissingInputError(
+            f"{directory}: no {MANIFEST_NAME}; this is not a committed checkpoint"
+        ) from None
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: damaged manifest ({str(error).splitlines()[0]})") from error
+
+
+def _read_verified(path: Path, entry: FileEntry) -> bytes:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: the manifest names this file and it is missing") from None
+    if len(data) != entry.bytes:
+        raise DataError(f"{path}: {len(data)} bytes, the manifest says {entry.bytes}; the file is torn")
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise DataError(f"{path}: SHA-256 differs from the manifest; the file is damaged")
+    return data
+
+
+def verify(directory: Path | str) -> CheckpointManifest:
+    """Verify every byte of one checkpoint; see `read_checkpoint` for what is raised."""
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    for name, entry in manifest.files.items():
+        _read_verified(directory / name, entry)
+    return manifest
+
+
+def read_weights(directory: Path | str) -> dict[str, Tensor]:
+    """Verified fp32 weights of a checkpoint by parameter name."""
+    return read_checkpoint(Path(directory))[1]["weights"]
+
+
+def load_newest(
+    directory: Path, warn: Callable[[str], None]
+) -> tuple[TrainingState, dict[str, dict[str, Tensor]]] | None:
+    """Newest checkpoint that verifies on every rank, or None where there is no checkpoint at all. Collective.
+
+    Raises:
+        DataError: there are checkpoints and none of them verifies.
+    """
+    steps = list_steps(directory)
+    num_checkpoints = len(steps)
+    while (step := min_over_ranks(steps[-1] if steps else -1)) >= 0:
+        loaded = None
+        try:
+            loaded = read_checkpoint(step_directory(directory, step))
+        except (DataError, MissingInputError) as error:
+            warn(f"{error}; trying the checkpoint before it")
+        if min_over_ranks(1 if loaded else 0):
+            return loaded
+        steps = [earlier for earlier in steps if earlier < step]
+    if num_checkpoints:
+        raise DataError(
+            f"{directory}: none of {num_checkpoints} checkpoints verifies; remove them to start anew"
+        )
+    return None
+
+
+def remove_leftovers(directory: Path, world: World) -> None:
+    """Remove what interrupted saves left behind. Collective."""
+    if world.is_main and directory.is_dir():
+        for path in directory.iterdir():
+            if _TEMPORARY_NAME.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+    barrier()

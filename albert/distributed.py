@@ -1,0 +1,125 @@
+"""Ranks and collectives: the only user of torch.distributed.
+
+A program started by a launcher finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its
+environment; under plain `srun` the SLURM_* variables stand for them. Without either there is one rank.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+from albert.errors import ConfigError
+
+_SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of how many ranks this process is, and the device it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes what only one may write."""
+        return self.rank == 0
+
+
+def init_world(device: str, timeout_s: float) -> World:
+    """Join the other ranks.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        timeout_s: longest time that a collective may take.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not there.
+    """
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
+        os.environ.update({ours: os.environ[slurms] for ours, slurms in _SLURM_NAMES.items()})
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _choose_device(device, local_rank)
+    # Read by DeepSpeed when it is imported; without it, a run on the CPU of a CUDA machine would mix the two.
+    os.environ.setdefault("DS_ACCELERATOR", chosen.type)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    if size > 1:
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return World(rank, size, local_rank, chosen)
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError("train.device (cuda): no CUDA device is visible; use train.device=cpu or auto")
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def apply_timeout_to_all_groups(timeout_s: float) -> None:
+    """Give groups that DeepSpeed made the timeout too; it creates them with torch's default of 30 minutes."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    for group in list(c10d._world.pg_map):
+        if not c10d._rank_not_in_group(group):
+            c10d._set_pg_timeout(timeout, group)
+
+
+def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum `values` over the ranks, in place."""
+    dist.all_reduce(values, group=group)
+    return values
+
+
+def min_over_ranks(value: int) -> int:
+    """The smallest of one integer per rank."""
+    return _reduce_scalar(value, dist.ReduceOp.MIN)
+
+
+def max_over_ranks(value: int) -> int:
+    """The largest of one integer per rank."""
+    return _reduce_scalar(value, dist.ReduceOp.MAX)
+
+
+def _reduce_scalar(value: int, operation: dist.ReduceOp.RedOpType) -> int:
+    tensor = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(tensor, op=operation)
+    return int(tensor.item())
+
+
+def gather_rows(row: Tensor) -> Tensor:
+    """Stack one CPU tensor [n] per rank to [world, n] on every rank."""
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, row)
+    return torch.stack(rows)
+
+
+def group_rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Rank and size inside a process group."""
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
+
+
+def close_world() -> None:
+    """Leave the process groups, so that the interpreter ends without waiting threads."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,208 @@
+"""Shards -> packed batches of this rank, in the elastic order, verified, with no state but a position."""
+
+from __future__ import annotations
+
+import signal
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from albert.batches import PretrainBatch, pack
+from albert.config import DataConfig
+from albert.errors import ConfigError
+from albert.sample_order import SampleOrder, choose_num_lanes, rank_positions
+from albert.shards import Block, Manifest, ShardReader
+
+_HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class _LocatedBlock:
+    """A decoded block with the offsets of its examples."""
+
+    block: Block
+    token_ends: NDArray[np.int64]
+    pred_ends: NDArray[np.int64]
+
+
+class ExampleSource:
+    """Reads single examples of one split; keeps the most recently used blocks decoded."""
+
+    def __init__(self, directory: str, manifest: Manifest, split: str, cached_blocks: int) -> None:
+        """Open nothing yet; `cached_blocks` bounds the memory."""
+        shards = manifest.split(split)
+        self._reader = ShardReader(Path(directory), shards, manifest.tokenizer.vocab_size)
+        self._places = [
+            (index, block) for index, shard in enumerate(shards) for block in range(len(shard.blocks))
+        ]
+        self.block_examples = [entry.examples for shard in shards for entry in shard.blocks]
+        self._cache: OrderedDict[int, _LocatedBlock] = OrderedDict()
+        self._cached_blocks = cached_blocks
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the split."""
+        return sum(self.block_examples)
+
+    def batch(self, examples: Sequence[tuple[int, int]]) -> PretrainBatch:
+        """Pack the examples at (block, index) places.
+
+        Raises:
+            DataError: a block is damaged; names shard and block.
+        """
+        ids, types, flat, labels, orders, lengths = [], [], [], [], [], []
+        offset = 0
+        for block_index, row in examples:
+            located = self._located(block_index)
+            block = located.block
+            length, num_masked = int(block.lengths[row]), int(block.num_masked[row])
+            token_end, pred_end = int(located.token_ends[row]), int(located.pred_ends[row])
+            preds = slice(pred_end - num_masked, pred_end)
+            ids.append(block.input_ids[token_end - length : token_end])
+            types.append(np.arange(length) >= block.segment_a_lengths[row])
+            flat.append(block.masked_lm_positions[preds].astype(np.int64) + offset)
+            labels.append(block.masked_lm_labels[preds])
+            orders.append(int(block.sentence_order_labels[row]))
+            lengths.append(length)
+            offset += length
+        return PretrainBatch(
+            pack(_int64(ids), _int64(types), tuple(lengths)),
+            _int64(flat),
+            _int64(labels),
+            torch.tensor(orders, dtype=torch.int64),
+        )
+
+    def places(self, count: int) -> list[tuple[int, int]]:
+        """The first `count` examples in the order of the shards; for evaluation."""
+        every = ((block, row) for block, size in enumerate(self.block_examples) for row in range(size))
+        return [place for place, _ in zip(every, range(count), strict=False)]
+
+    def _located(self, index: int) -> _LocatedBlock:
+        if index not in self._cache:
+            block = self._reader.read_block(*self._places[index])
+            ends = (np.cumsum(column, dtype=np.int64) for column in (block.lengths, block.num_masked))
+            self._cache[index] = _LocatedBlock(block, *ends)
+            if len(self._cache) > self._cached_blocks:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(index)
+        return self._cache[index]
+
+
+def _int64(arrays: list[NDArray[np.generic]]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the examples of a step are divided."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+    num_steps: int
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches per step of one rank."""
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+
+class _PositionSampler(Sampler[list[int]]):
+    """Positions of this rank's micro-batches, from a step on."""
+
+    def __init__(self, plan: BatchPlan, first_step: int, first_position: int) -> None:
+        self.plan, self.first_step, self.first_position = plan, first_step, first_position
+
+    def __iter__(self) -> Iterator[list[int]]:
+        plan = self.plan
+        for step in range(plan.num_steps - self.first_step):
+            start = self.first_position + step * plan.global_batch_size
+            positions = rank_positions(start, plan.global_batch_size, plan.rank, plan.world_size)
+            for first in range(0, len(positions), plan.micro_batch_size):
+                yield list(positions[first : first + plan.micro_batch_size])
+
+
+class _Positions(Dataset[PretrainBatch]):
+    """Map-style dataset over positions; a batch sampler asks for a whole micro-batch at once."""
+
+    def __init__(self, source: ExampleSource, order: SampleOrder) -> None:
+        self.source, self.order = source, order
+
+    def __getitems__(self, positions: list[int]) -> PretrainBatch:
+        return self.source.batch([self.order.locate(position) for position in positions])
+
+
+class TrainLoader:
+    """Micro-batches of every step for one rank."""
+
+    def __init__(self, config: DataConfig, manifest: Manifest, plan: BatchPlan, seed: int) -> None:
+        """Set up order and source.
+
+        Raises:
+            ConfigError: the dataset has no training examples, or fewer blocks than lanes.
+        """
+        num_blocks = sum(len(shard.blocks) for shard in manifest.split("train"))
+        lanes = choose_num_lanes(num_blocks) if config.num_lanes == "auto" else config.num_lanes
+        own_lanes = lanes // plan.world_size if lanes % plan.world_size == 0 else lanes
+        self._config, self._plan = config, plan
+        # Two windows per lane: the one in use and, while lanes cross a border one after the other, the next.
+        self.source = ExampleSource(config.directory, manifest, "train", 2 * own_lanes * config.window_blocks)
+        self.order = SampleOrder(
+            self.source.block_examples, seed=seed, num_lanes=lanes, window_blocks=config.window_blocks
+        )
+
+    def steps(self, first_step: int, first_position: int) -> Iterator[list[PretrainBatch]]:
+        """The micro-batches of each step from `first_step` (which begins at `first_position`) to the last."""
+        workers = self._config.num_workers
+        loader = DataLoader(
+            _Positions(self.source, self.order),
+            batch_sampler=_PositionSampler(self._plan, first_step, first_position),
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            collate_fn=_identity,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),
+            pin_memory=False,
+        )
+        micro_batches = iter(loader)
+        for _ in range(first_step, self._plan.num_steps):
+            yield [next(micro_batches) for _ in range(self._plan.accumulation_steps)]
+
+
+def _identity(batch: PretrainBatch) -> PretrainBatch:
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:  # noqa: ARG001
+    """A signal asks the trainer to stop at the end of a step; its loaders must live until then."""
+    torch.set_num_threads(1)
+    for number in _HANDLED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def check_dataset(manifest: Manifest, vocab_size: int, max_position_embeddings: int, directory: str) -> None:
+    """Check that a dataset fits a model.
+
+    Raises:
+        ConfigError: vocabulary or sequence length differ; says which key to set.
+    """
+    problems = []
+    if manifest.tokenizer.vocab_size != vocab_size:
+        problems.append(
+            f"{directory}: its tokenizer has {manifest.tokenizer.vocab_size} entries, model.vocab_size is "
+            f"{vocab_size}; set model.vocab_size={manifest.tokenizer.vocab_size} or choose another dataset"
+        )
+    if manifest.max_seq_length > max_position_embeddings:
+        problems.append(
+            f"{directory}: examples have up to {manifest.max_seq_length} tokens, model.max_position_embeddings "
+            f"is {max_position_embeddings}; build shards with --max-seq-length {max_position_embeddings}"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -1,0 +1,185 @@
+"""Entry point of pretraining: `python -m albert.pretrain --config RECIPE_OR_FILE [section.key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from albert.config import RunConfig, load_run_config, recipe_names
+from albert.deepspeed_config import build_deepspeed_config
+from albert.errors import ConfigError, PreemptedError, run_command
+from albert.shards import Manifest, read_manifest, write_file_durably
+from albert.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from albert.distributed import World
+    from albert.engine import Engine
+    from albert.evaluation import Evaluator
+    from albert.monitoring import Monitor
+
+Placement = dict[str, Any]
+"""A complete DeepSpeed dictionary."""
+
+_EXAMPLES = """examples:
+  python -m albert.pretrain --config demo data.directory=data/shards train.output_dir=runs/first
+  python -m launcher local -n 8 pretrain --config base data.directory=data/shards
+  python -m albert.pretrain --config my.yaml train.num_steps=20000 optimizer.learning_rate=1e-3
+  python -m albert.pretrain --config xlarge --show       (print the resolved configuration and stop)
+
+A run that was stopped or killed goes on where it was when the same command is given again.
+exit codes: 0 done, 65 bad data, 66 missing input, 70 non-finite, 74 disk, 75 stopped with the checkpoint
+committed (start it again), 76 another rank was lost, 78 configuration"""
+
+
+def main() -> None:
+    """Console entry point."""
+    sys.exit(run_command(_main))
+
+
+def _main() -> None:
+    stop = StopRequest()
+    stop.install()
+    arguments = _parse(sys.argv[1:])
+    config = load_run_config(arguments.config, arguments.overrides)
+    if arguments.show:
+        sys.stdout.write(config_text(config))
+        return
+    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    placement = build_deepspeed_config(config, world_size)
+    manifest = read_manifest(config.data.directory)
+    _check_output_directory(config)
+    # Everything above fails in milliseconds; the imports below take seconds.
+    from albert.distributed import close_world, init_world
+    from albert.loader import check_dataset
+
+    check_dataset(
+        manifest, config.model.vocab_size, config.model.max_position_embeddings, config.data.directory
+    )
+    world = init_world(config.train.device, config.train.peer_timeout_s)
+    try:
+        _train(config, placement, manifest, world, stop)
+    finally:
+        close_world()
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m albert.pretrain",
+        description="Pretrain an ALBERT with masked language modelling and sentence-order prediction.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", required=True, help=f"recipe ({', '.join(recipe_names())}) or path of a YAML file"
+    )
+    parser.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="change values of the configuration"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def config_text(config: RunConfig) -> str:
+    """The resolved configuration as YAML, one section per line group."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
+
+
+def _check_output_directory(config: RunConfig) -> None:
+    path = Path(config.train.output_dir)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"train.output_dir ({path}) is a file; name a directory")
+
+
+def _train(
+    config: RunConfig, placement: Placement, manifest: Manifest, world: World, stop: StopRequest
+) -> None:
+    """Build the parts, go on from the newest checkpoint, train, write the final model."""
+    from albert.loader import BatchPlan, TrainLoader
+    from albert.run_checkpoints import RunCheckpoints
+    from albert.trainer import Trainer
+
+    train = config.train
+    loader = TrainLoader(
+        config.data,
+        manifest,
+        BatchPlan(train.global_batch_size, train.micro_batch_size, world.rank, world.size, train.num_steps),
+        config.seed,
+    )
+    evaluator = _build_evaluator(config, manifest, world)
+    engine = _build_engine(config, placement, world)
+    checkpoints = RunCheckpoints(config, manifest, engine, world)
+    resumed = checkpoints.resume(lambda text: sys.stderr.write(f"warning: {text}\n"))
+    monitor = _start_monitor(config, resumed[0] if resumed else 0) if world.is_main else None
+    with monitor or contextlib.nullcontext():
+        trainer = Trainer(
+            config, engine, loader, world,
+            evaluator=evaluator, monitor=monitor, stop=stop, checkpoints=checkpoints,
+        )  # fmt: skip
+        if resumed:
+            trainer.step, trainer.position = resumed
+            if monitor:
+                monitor.event(trainer.step, f"resumed on {world.size} ranks")
+        is_finished = trainer.fit()
+    if not is_finished:
+        reason = stop.signal_name or (
+            "train.stop_after_steps" if train.stop_after_steps else "a signal to another rank"
+        )
+        raise PreemptedError(
+            f"step {trainer.step} of {train.num_steps} ({reason}), checkpoint committed; "
+            "give the same command again to go on"
+        )
+    _write_model(config, manifest, engine, world)
+
+
+def _build_evaluator(config: RunConfig, manifest: Manifest, world: World) -> Evaluator | None:
+    from albert.evaluation import Evaluator
+
+    return Evaluator(config, manifest, world) if config.eval.interval_steps else None
+
+
+def _build_engine(config: RunConfig, placement: Placement, world: World) -> Engine:
+    from albert.engine import Engine
+    from albert.heads import AlbertForPreTraining
+
+    model = AlbertForPreTraining(config.model, seed=config.seed)
+    model.activation_checkpointing = config.train.activation_checkpointing
+    if config.train.compile == "on" or (config.train.compile == "auto" and world.device.type == "cuda"):
+        model.compile_layers()
+    return Engine(model, config.optimizer, placement, world, config.train.peer_timeout_s)
+
+
+def _start_monitor(config: RunConfig, first_step: int) -> Monitor:
+    from albert.monitoring import Monitor
+
+    directory = Path(config.train.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = config_text(config)
+    write_file_durably(directory / "config.yaml", [text.encode()])
+    monitor = Monitor(directory, config.log, first_step, config.train.num_steps)
+    monitor.print(text)
+    return monitor
+
+
+def _write_model(config: RunConfig, manifest: Manifest, engine: Engine, world: World) -> None:
+    """RUN/model: configuration, fp32 weights and tokenizer of the finished run. Collective."""
+    from albert.pretrained import save_pretrained
+
+    weights = {name: tensor for part, name, tensor in engine.gather_state() if part == "weights"}
+    if world.is_main:
+        directory = Path(config.train.output_dir) / "model"
+        save_pretrained(
+            directory, config.model, weights, Path(config.data.directory) / manifest.tokenizer.file
+        )
+        sys.stderr.write(f"model written: {directory}\n")
+
+
+if __name__ == "__main__":
+    main()
