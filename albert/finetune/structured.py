@@ -1,0 +1,150 @@
+"""Readers of the tasks' own forms: SQuAD JSON, RACE, C3, CoNLL columns. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from albert.errors import DataError, MissingInputError
+from albert.finetune.examples import ChoiceExample, Example, SpanExample, TagExample
+from albert.finetune.rows import BadRow
+
+Reader = Callable[[Path, str], tuple[list[Example], list[BadRow]]]
+_LETTERS = "ABCDEFGH"
+
+
+def _load_json(path: Path) -> Any:
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if not data.strip():
+        raise MissingInputError(f"{path}: the file is empty")
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+
+
+def read_squad(path: Path, split: str) -> tuple[list[Example], list[BadRow]]:
+    """SQuAD's JSON, also CMRC2018's; rows are counted over the questions."""
+    raw = _load_json(path)
+    examples: list[Example] = []
+    bad: list[BadRow] = []
+    number = 0
+    try:
+        paragraphs = [paragraph for article in raw["data"] for paragraph in article["paragraphs"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: no list of 'data' with 'paragraphs'; this is not SQuAD's JSON") from error
+    for paragraph in paragraphs:
+        for question in paragraph.get("qas", []):
+            number += 1
+            try:
+                examples.append(_span_example(paragraph["context"], question, split))
+            except (KeyError, TypeError, ValueError) as error:
+                bad.append(BadRow(number, f"{type(error).__name__} at {error}"))
+    return examples, bad
+
+
+def _span_example(context: str, question: dict[str, Any], split: str) -> SpanExample:
+    is_labelled = "answers" in question
+    if not is_labelled and split != "test":
+        raise ValueError("a question without 'answers'")
+    answers = tuple((str(a["text"]), int(a["answer_start"])) for a in question.get("answers", []))
+    impossible = bool(question.get("is_impossible", is_labelled and not answers))
+    return SpanExample(
+        str(question["id"]).strip(), str(question["question"]), context, answers, impossible, is_labelled
+    )
+
+
+def read_race(path: Path, split: str) -> tuple[list[Example], list[BadRow]]:
+    """RACE: a folder of JSON files (also in `middle` and `high`), or one object per line."""
+    if path.is_dir():
+        files = sorted(path.rglob("*.txt")) or sorted(path.rglob("*.json"))
+        passages = [(file.stem, _load_json(file)) for file in files]
+    else:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        passages = [(str(n), json.loads(line)) for n, line in enumerate(lines, start=1) if line.strip()]
+    if not passages:
+        raise MissingInputError(f"{path}: no RACE passage there")
+    examples: list[Example] = []
+    bad: list[BadRow] = []
+    for number, (name, passage) in enumerate(passages, start=1):
+        try:
+            answers = passage.get("answers") or [None] * len(passage["questions"])
+            triples = zip(passage["questions"], passage["options"], answers, strict=True)
+            for index, (question, options, answer) in enumerate(triples):
+                label = _LETTERS.index(answer) if answer is not None else None
+                _check_choice(label, options, split)
+                guid = f"{passage.get('id', name)}-{index}"
+                examples.append(ChoiceExample(guid, passage["article"], question, tuple(options), label))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            bad.append(BadRow(number, f"{type(error).__name__} at {error}"))
+    return examples, bad
+
+
+def read_c3(path: Path, split: str) -> tuple[list[Example], list[BadRow]]:
+    """C3: an array of [[sentences], [{question, choice, answer}], id]."""
+    examples: list[Example] = []
+    bad: list[BadRow] = []
+    for number, entry in enumerate(_load_json(path), start=1):
+        try:
+            sentences, questions, name = entry
+            for index, question in enumerate(questions):
+                options = tuple(map(str, question["choice"]))
+                label = options.index(question["answer"]) if question.get("answer") else None
+                _check_choice(label, options, split)
+                context = "\n".join(sentences)
+                examples.append(
+                    ChoiceExample(f"{name}-{index}", context, question["question"], options, label)
+                )
+        except (KeyError, TypeError, ValueError) as error:
+            bad.append(BadRow(number, f"{type(error).__name__} at {error}"))
+    return examples, bad
+
+
+def _check_choice(label: int | None, options: Any, split: str) -> None:
+    if label is None and split != "test":
+        raise ValueError("a question without an answer")
+    if len(options) < 2 or (label is not None and label >= len(options)):
+        raise ValueError(f"{len(options)} options, answer {label}")
+
+
+def read_conll(path: Path, split: str) -> tuple[list[Example], list[BadRow]]:
+    """One word per line, first column the word, last column the tag, blank lines between sentences."""
+    if not path.is_file() or not path.stat().st_size:
+        raise MissingInputError(f"{path}: no such file, or it is empty")
+    examples: list[Example] = []
+    bad: list[BadRow] = []
+    words: list[str] = []
+    tags: list[str] = []
+
+    def close_sentence() -> None:
+        if words:
+            is_labelled = len(tags) == len(words)
+            examples.append(
+                TagExample(str(len(examples)), tuple(words), tuple(tags) if is_labelled else None)
+            )
+        words.clear()
+        tags.clear()
+
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        cells = line.split()
+        if not cells or cells[0] == "-DOCSTART-":
+            close_sentence()
+            continue
+        if len(cells) == 1 and split != "test":
+            bad.append(BadRow(number, f"word '{cells[0]}' has no tag"))
+            continue
+        words.append(cells[0])
+        if len(cells) > 1:
+            tags.append(cells[-1])
+    close_sentence()
+    return examples, bad
+
+
+READERS: dict[str, Reader] = {
+    "squad": read_squad,
+    "race": read_race,
+    "c3": read_c3,
+    "conll": read_conll,
+}
