@@ -7,9 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from albert.config import gradient_accumulation_steps, load_run_config
+from albert.config import load_run_config
+from albert.deepspeed_config import build_deepspeed_config
 from albert.errors import ConfigError, run_command
+from albert.shards import read_manifest
 from launcher.job import PROGRAMS, Job
 from launcher.local import plan_local, run_local
 
@@ -29,9 +32,16 @@ start it again to go on. Exit codes: 0 done, 65 bad data, 66 missing input, 70 n
 _ABSENT = ("hosts", "slurm", "preflight", "plan")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes of the command line as all other mistakes are: one line and exit code 78."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the launcher."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m launcher",
         description="Start training, fine-tuning or data preparation on this machine, on hosts or on Slurm.",
         epilog=_EXAMPLES,
@@ -49,8 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_program(local)
     local.set_defaults(run=_run_local)
     for name in _ABSENT:
-        absent = places.add_parser(name, help="not available in this version", add_help=False)
-        absent.add_argument("arguments", nargs=argparse.REMAINDER)
+        absent = places.add_parser(name, help="not available in this version", prefix_chars="\0")
+        absent.add_argument("arguments", nargs="*")
         absent.set_defaults(run=_run_absent)
     return parser
 
@@ -67,6 +77,8 @@ def _run_absent(options: argparse.Namespace) -> int:
 
 def _run_local(options: argparse.Namespace) -> int:
     num_ranks = count_gpus(os.environ) or 1 if options.num_ranks is None else options.num_ranks
+    if num_ranks < 1:
+        raise ConfigError(f"-n: {num_ranks} ranks cannot run anything; give 1 or more")
     arguments = tuple(options.arguments)
     if options.program == "pretrain":
         check_pretrain(arguments, num_ranks)
@@ -91,7 +103,9 @@ def check_pretrain(arguments: Sequence[str], num_ranks: int) -> None:
     known, rest = parser.parse_known_args(list(arguments))
     if known.config is None or any(word.startswith("-") for word in rest):
         return  # --help, or something that only the program itself understands
-    gradient_accumulation_steps(load_run_config(known.config, rest), num_ranks)
+    config = load_run_config(known.config, rest)
+    build_deepspeed_config(config, num_ranks)
+    read_manifest(config.data.directory)
 
 
 def data_workers(arguments: tuple[str, ...], num_workers: int) -> tuple[str, ...]:

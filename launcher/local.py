@@ -70,13 +70,7 @@ class LocalRun:
 
 
 def plan_local(job: Job, num_ranks: int, environment: Mapping[str, str]) -> LocalRun:
-    """Choose what the command line leaves open: port, threads per rank, place for extensions.
-
-    Raises:
-        ConfigError: `num_ranks` is below 1.
-    """
-    if num_ranks < 1:
-        raise ConfigError(f"-n: {num_ranks} ranks cannot run anything; give 1 or more")
+    """Choose what the command line leaves open: port, threads per rank, place for extensions."""
     # Named here and made later, so that a dry run prints what would run and leaves nothing behind.
     directory = Path(tempfile.gettempdir()) / f"albert-launch-{secrets.token_hex(8)}"
     added = {}

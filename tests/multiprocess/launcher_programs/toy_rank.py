@@ -16,17 +16,15 @@ def parse():
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--exit", default="", help="RANK:CODE, a rank that fails at step 2")
     parser.add_argument("--commit-s", type=float, default=0.0)
-    parser.add_argument("--echo", action="append", default=[])
-    return parser.parse_args()
+    return parser.parse_args([word for word in sys.argv[1:] if not word.startswith("--echo=")])
 
 
 def main():
+    echoed = [word.removeprefix("--echo=") for word in sys.argv if word.startswith("--echo=")]
     options = parse()
     rank, names = int(os.environ["RANK"]), ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
     facts = [os.environ[name] for name in names] + [os.environ["OMP_NUM_THREADS"]]
-    (options.directory / f"facts-{rank}").write_text("\0".join([*facts, *options.echo]))
-    if options.echo:
-        return 0
+    (options.directory / f"facts-{rank}").write_bytes(os.fsencode("\0".join([*facts, *echoed])))
     received = []
     for number in STOP:
         signal.signal(number, lambda number, frame: received.append(number))
