@@ -1,0 +1,322 @@
+"""SentencePiece and WordPiece behind one small interface. Imports no torch.
+
+SentencePiece follows ALBERT: quotes, NFKD, accents and case are normalised before the model sees the text, and a
+piece of digits that ends with a comma (`▁1999,`) is never used (google-research/albert `tokenization.py`). Whether
+case and accents are folded is read from the vocabulary itself: a vocabulary without one upper-case piece was
+trained on lower-cased text. So training, data preparation and fine-tuning cannot disagree.
+
+WordPiece gives the ids of Hugging Face's BertTokenizer. Text never yields a special token, whatever it says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from albert.errors import DataError, MissingInputError
+from albert.shards import ids_dtype
+
+SENTENCEPIECE_FILE = "spiece.model"
+WORDPIECE_FILE = "vocab.txt"
+WORD_BOUNDARY = "\u2581"
+
+_SPECIAL_PIECES = {
+    "sentencepiece": ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"),
+    "wordpiece": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+}
+_CASED_SHARE = 0.01
+"""A vocabulary with more upper-case pieces than this is cased; BERT's uncased ones hold a handful, like <S>."""
+
+
+class Tokenizer(ABC):
+    """Text to ids and back; special tokens are never added here."""
+
+    kind: Literal["sentencepiece", "wordpiece"]
+
+    def __init__(self, path: Path, pieces: list[str]) -> None:
+        """Find the special pieces of a vocabulary.
+
+        Raises:
+            DataError: a special piece is missing.
+        """
+        self.path = path
+        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.vocab_size = len(pieces)
+        self._vocabulary = pieces
+        index = {piece: i for i, piece in enumerate(pieces)}
+        names = _SPECIAL_PIECES[self.kind]
+        if missing := [name for name in names if name not in index]:
+            raise DataError(
+                f"{path}: the vocabulary lacks {', '.join(missing)}; ALBERT needs {', '.join(names)}, "
+                "train one with `python -m data_prep tokenizer`"
+            )
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (index[n] for n in names)
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Readable text of ids; special tokens are left out."""
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int32]]:
+        """Ids of all texts in one array, [tokens] uint16 (uint32 for a large vocabulary), and lengths [texts]."""
+        ids = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, ids), np.int32, len(ids))
+        total = int(lengths.sum(dtype=np.int64))
+        return np.fromiter(chain.from_iterable(ids), ids_dtype(self.vocab_size), total), lengths
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The piece of every id.
+
+        Raises:
+            DataError: an id is outside the vocabulary.
+        """
+        if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise DataError(
+                f"{self.path}: ids from {min(ids)} to {max(ids)} do not fit a vocabulary of {self.vocab_size}"
+            )
+        return [self._vocabulary[i] for i in ids]
+
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids of pad, unk, cls, sep and mask."""
+        return self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id
+
+    @abstractmethod
+    def word_start_table(self) -> NDArray[np.bool_]:
+        """[vocab] True where a piece begins a word; special tokens are False, the unknown token is True."""
+
+    @abstractmethod
+    def ordinary_ids(self) -> NDArray[np.int64]:
+        """Ids that text can yield, ascending: what a random replacement is drawn from."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model with ALBERT's normalisation."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path) -> None:
+        """Load a model file.
+
+        Raises:
+            DataError: not a SentencePiece model, or a special piece is missing.
+        """
+        import sentencepiece
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto()
+        try:
+            proto.ParseFromString(path.read_bytes())
+        except DecodeError:
+            raise DataError(
+                f"{path}: not a SentencePiece model; give a spiece.model or a vocab.txt"
+            ) from None
+        super().__init__(path, [piece.piece for piece in proto.pieces])
+        kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+        self._ordinary = [p.type in (kinds.NORMAL, kinds.USER_DEFINED) for p in proto.pieces]
+        text = [p.piece for p, ordinary in zip(proto.pieces, self._ordinary, strict=True) if ordinary]
+        self.lower_case = not _is_cased(text)
+        self.strip_accents = self.lower_case and not any(_has_accents(piece) for piece in text)
+        for piece in proto.pieces:
+            if re.search(r"\d,$", piece.piece) and piece.type == kinds.NORMAL:
+                piece.score -= 100.0
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(proto.SerializeToString())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens."""
+        return self._processor.encode(
+            normalise_texts(texts, self.lower_case, self.strip_accents), num_threads=1
+        )
+
+    def adjusted_model(self) -> bytes:
+        """The serialized model with the scores that are used here."""
+        return self._processor.serialized_model_proto()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Readable text of ids; special tokens are left out."""
+        return self._processor.decode([int(i) for i in ids])
+
+    def word_start_table(self) -> NDArray[np.bool_]:
+        """[vocab] True for pieces with the word boundary mark, punctuation, and scripts without spaces."""
+        table = [
+            ordinary and (piece.startswith(WORD_BOUNDARY) or _stands_alone(piece))
+            for piece, ordinary in zip(self._vocabulary, self._ordinary, strict=True)
+        ]
+        table[self.unk_id] = True
+        return np.array(table)
+
+    def ordinary_ids(self) -> NDArray[np.int64]:
+        """Ids that text can yield, ascending."""
+        return np.flatnonzero(self._ordinary)
+
+
+class WordPieceTokenizer(Tokenizer):
+    """A BERT vocabulary, tokenised as Hugging Face's BertTokenizer does."""
+
+    kind = "wordpiece"
+
+    def __init__(self, path: Path) -> None:
+        """Load a vocab.txt: one piece per line.
+
+        Raises:
+            DataError: not UTF-8, a piece twice, or a special piece is missing.
+        """
+        import tokenizers
+        from tokenizers import models, normalizers, pre_tokenizers
+
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}: not UTF-8 ({error.reason}); a vocab.txt has one piece per line"
+            ) from None
+        pieces = [line.rstrip("\r") for line in lines]
+        while pieces and not pieces[-1]:
+            pieces.pop()
+        super().__init__(path, pieces)
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        if len(vocabulary) != len(pieces):
+            twice = next(p for i, p in enumerate(pieces) if vocabulary[p] != i)
+            raise DataError(f"{path}: piece '{twice}' stands on two lines; every piece needs one id")
+        self.lower_case = not _is_cased([p for p in pieces if not _is_bracketed(p)])
+        model = models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100)  # noqa: S106
+        self._tokenizer = tokenizers.Tokenizer(model)
+        self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=self.lower_case)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of one text and, for each, the characters of the text it covers."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Readable text of ids: `##` joined, Chinese without spaces; special tokens are left out."""
+        special = set(self.special_ids()) - {self.unk_id}
+        words = " ".join(p for i, p in zip(ids, self.pieces(ids), strict=True) if i not in special)
+        text = words.replace(" ##", "")
+        return re.sub(f"(?<=[{_NO_SPACES}]) (?=[{_NO_SPACES}])", "", text)
+
+    def word_start_table(self) -> NDArray[np.bool_]:
+        """[vocab] True for pieces without `##`."""
+        table = np.array([not piece.startswith("##") for piece in self._vocabulary])
+        table[[self.pad_id, self.cls_id, self.sep_id, self.mask_id]] = False
+        return table
+
+    def ordinary_ids(self) -> NDArray[np.int64]:
+        """Ids that text can yield, ascending: no `[...]` pieces."""
+        return np.array([i for i, p in enumerate(self._vocabulary) if not _is_bracketed(p)], np.int64)
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Load a tokenizer from `spiece.model`, `vocab.txt`, or a directory that holds one of them.
+
+    A directory may also be a dataset, which keeps its copy in `tokenizer/`. Another file name is read as a
+    SentencePiece model where it ends with `.model` and as a vocabulary where it ends with `.txt`.
+
+    Raises:
+        MissingInputError: no such file, or the directory holds no tokenizer.
+        DataError: the file is not what its name says.
+    """
+    file = find_tokenizer_file(Path(path))
+    if file.suffix == ".model":
+        return SentencePieceTokenizer(file)
+    if file.suffix == ".txt":
+        return WordPieceTokenizer(file)
+    raise DataError(f"{file}: a tokenizer is a SentencePiece .model or a WordPiece vocabulary .txt")
+
+
+def find_tokenizer_file(path: Path) -> Path:
+    """The tokenizer file that `path` means, see `load_tokenizer`.
+
+    Raises:
+        MissingInputError: there is none.
+    """
+    if path.is_file():
+        return path
+    for directory in (path, path / "tokenizer"):
+        for name in (SENTENCEPIECE_FILE, WORDPIECE_FILE):
+            if (directory / name).is_file():
+                return directory / name
+    if path.is_dir():
+        raise MissingInputError(
+            f"{path}: holds neither {SENTENCEPIECE_FILE} nor {WORDPIECE_FILE}, also not in its tokenizer/"
+        )
+    raise MissingInputError(
+        f"{path}: no such tokenizer; give {SENTENCEPIECE_FILE}, {WORDPIECE_FILE} or a directory"
+    )
+
+
+def normalise_texts(texts: Sequence[str], lower_case: bool, strip_accents: bool) -> list[str]:
+    """ALBERT's normalisation: TeX quotes, NFKD without accents, lower case. One pass over all texts together."""
+    joined = "\n".join(texts)
+    if joined.count("\n") != max(len(texts) - 1, 0):  # a line break inside a text; SentencePiece sees a space
+        joined = "\n".join(text.replace("\n", " ") for text in texts)
+    joined = joined.replace("``", '"').replace("''", '"')
+    if strip_accents and not joined.isascii():
+        joined = unicodedata.normalize("NFKD", joined)
+        joined = _COMBINING.sub("", joined)
+    if lower_case:
+        # Python lowers a final sigma by its context, ALBERT's tokenizers letter by letter.
+        joined = joined.replace("\u03a3", "\u03c3").lower()
+    return joined.split("\n") if texts else []
+
+
+def _is_cased(pieces: Sequence[str]) -> bool:
+    upper = sum(piece != piece.lower() for piece in pieces)
+    return upper > _CASED_SHARE * len(pieces)
+
+
+def _has_accents(piece: str) -> bool:
+    return bool(_COMBINING.search(unicodedata.normalize("NFKD", piece)))
+
+
+def _is_bracketed(piece: str) -> bool:
+    return len(piece) > 2 and piece[0] + piece[-1] in ("[]", "<>")
+
+
+def _stands_alone(piece: str) -> bool:
+    """Whether a piece without a boundary mark begins a word: CJK and the like, or only punctuation."""
+    if _NO_SPACES_START.match(piece):
+        return True
+    return all(unicodedata.category(char)[0] in "PS" for char in piece)
+
+
+_LAST_COMBINING = 0x1FFFF
+"""No combining character lies in a higher plane."""
+
+
+def _characters(belongs: Callable[[str], int]) -> str:
+    """A regular-expression character class body of all code points for which `belongs(char)` holds."""
+    codes = np.array([i for i in range(_LAST_COMBINING + 1) if belongs(chr(i))])
+    ends = np.flatnonzero(np.diff(codes, append=codes[-1] + 2) > 1)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    return "".join(f"\\U{codes[a]:08x}-\\U{codes[b]:08x}" for a, b in zip(starts, ends, strict=True))
+
+
+_NO_SPACES = (
+    "\u3040-\u30ff\u31f0-\u31ff"  # kana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Tibetan, Myanmar, Khmer
+)
+"""Scripts that are written without spaces, as a character class: each of their pieces begins a word."""
+
+_NO_SPACES_START = re.compile(f"[{_NO_SPACES}]")
+_COMBINING = re.compile(f"[{_characters(unicodedata.combining)}]+")

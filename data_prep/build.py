@@ -1,0 +1,266 @@
+"""The build: check everything, plan tasks, run those that are not done, write the manifest.
+
+Killed anywhere, the same command goes on: each finished task has a record in a hidden directory inside the output,
+which disappears when the manifest is written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from albert.errors import ConfigError, MissingInputError, UnsafeError
+from albert.shards import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Manifest,
+    TokenizerEntry,
+    read_manifest,
+    write_file_durably,
+    write_manifest,
+)
+from albert.tokenization import SENTENCEPIECE_FILE, WORDPIECE_FILE, Tokenizer, load_tokenizer
+from data_prep.corpus import read_documents
+from data_prep.parallel import run_here, run_mpi, run_processes, serve_mpi
+from data_prep.plan import Source, Task, find_sources, plan_tasks
+from data_prep.settings import BuildSettings
+from data_prep.worker import Job, TaskRecord, document_hash
+
+WORK_DIRECTORY = ".build"
+_SMALL_CORPUS_BYTES = 16 << 20
+"""Up to this size every document is hashed beforehand, so that the held-out split is not left empty by chance."""
+_MIN_HELD_OUT_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """A build as the user asks for it."""
+
+    inputs: tuple[str, ...]
+    tokenizer: str
+    output: str
+    settings: BuildSettings
+    weights: tuple[str, ...] = ()
+    num_workers: int = 1
+
+
+def build(request: BuildRequest, comm: Any = None) -> Manifest | None:
+    """Build a dataset, or go on with one that was interrupted.
+
+    Args:
+        request: what to build.
+        comm: MPI communicator whose ranks do the work; None for processes on this machine.
+
+    Returns:
+        The manifest; None on ranks other than 0.
+
+    Raises:
+        MissingInputError: an input or the tokenizer does not exist, or the corpus holds no usable document.
+        ConfigError: the settings do not fit each other or the output directory.
+        UnsafeError: the output directory holds something else.
+    """
+    output = Path(request.output)
+    if comm is not None and comm.rank > 0:
+        if (job := comm.bcast(None)) is not None:
+            serve_mpi(comm, job)
+        return None
+    tokenizer = load_tokenizer(request.tokenizer)
+    sources = find_sources(request.inputs, request.weights, request.settings)
+    tasks = plan_tasks(sources, request.settings)
+    description = _describe(request, sources, tokenizer)
+    if (finished := _finished(output, description)) is not None:
+        if comm is not None:
+            comm.bcast(None)
+        return finished
+    with _locked(output, description) as work:
+        copy = _copy_tokenizer(tokenizer, output)
+        job = Job(request.settings, str(copy), str(output), _eval_threshold(tasks, request.settings))
+        records = _read_records(work)
+        todo = [task for task in tasks if task.index not in records]
+        for record in _progress(_run(job, todo, request.num_workers, comm), tasks, records):
+            data = record.model_dump_json().encode()
+            write_file_durably(work / f"task-{record.task:05d}.json", [data])
+            records[record.task] = record
+        manifest = _assemble([records[task.index] for task in tasks], tokenizer, description)
+        write_manifest(output, manifest)
+    shutil.rmtree(work)
+    return manifest
+
+
+def _run(job: Job, tasks: Sequence[Task], num_workers: int, comm: Any) -> Iterator[TaskRecord]:
+    if comm is not None:
+        comm.bcast(job)
+        return run_mpi(comm, job, tasks)
+    if num_workers == 1 or len(tasks) < 2:
+        return run_here(job, tasks)
+    return run_processes(job, tasks, min(num_workers, len(tasks)))
+
+
+def _describe(request: BuildRequest, sources: Sequence[Source], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The settings of the manifest: all that decides the bytes. Directories of the inputs do not."""
+    inputs = [
+        {"file": Path(s.path).name, "format": s.format, "bytes": s.bytes, "weight": s.weight} for s in sources
+    ]
+    settings = request.settings.model_dump()
+    settings["max_predictions_per_seq"] = request.settings.max_predictions
+    return {**settings, "inputs": inputs, "tokenizer_sha256": tokenizer.sha256}
+
+
+def _finished(output: Path, description: dict[str, Any]) -> Manifest | None:
+    """The manifest of a dataset that this very command has built already.
+
+    Raises:
+        ConfigError: it was built with other settings.
+    """
+    if not (output / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(output)
+    _refuse_difference(output, manifest.settings, description)
+    return manifest
+
+
+def _refuse_difference(output: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    different = [key for key in wanted if there.get(key) != wanted[key]]
+    if different:
+        key = different[0]
+        raise ConfigError(
+            f"{output}: holds a dataset made with {key}={there.get(key)!r}, this command says {wanted[key]!r}; "
+            "use the same settings to go on, or another --output"
+        )
+
+
+@contextmanager
+def _locked(output: Path, description: dict[str, Any]) -> Iterator[Path]:
+    """The work directory of this build, made or found again, held by this process alone.
+
+    Raises:
+        UnsafeError: the output directory holds something else, or another build is running in it.
+        ConfigError: it holds an unfinished build with other settings.
+    """
+    work = output / WORK_DIRECTORY
+    if output.exists() and not work.is_dir() and (not output.is_dir() or any(output.iterdir())):
+        raise UnsafeError(
+            f"--output {output}: exists and is not a dataset; name a directory that is new or empty"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    handle = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UnsafeError(f"--output {output}: another build is writing there; wait for it") from None
+        _begin_or_resume(output, work, description)
+        yield work
+    finally:
+        os.close(handle)
+
+
+def _begin_or_resume(output: Path, work: Path, description: dict[str, Any]) -> None:
+    path = work / "settings.json"
+    if path.is_file():
+        _refuse_difference(output, json.loads(path.read_bytes()), description)
+    else:
+        write_file_durably(path, [json.dumps(description, indent=1).encode()])
+    for directory in (output, work):
+        for leftover in directory.glob("*.tmp-*"):
+            leftover.unlink()
+
+
+def _read_records(work: Path) -> dict[int, TaskRecord]:
+    """Records of the tasks that are done; a task whose shards are not all there with their size is not."""
+    records = {}
+    for path in sorted(work.glob("task-*.json")):
+        try:
+            record = TaskRecord.model_validate_json(path.read_bytes())
+        except ValidationError:
+            continue
+        sizes = [(work.parent / shard.name, shard.bytes) for shard in record.shards]
+        if all(shard.is_file() and shard.stat().st_size == size for shard, size in sizes):
+            records[record.task] = record
+    return records
+
+
+def _copy_tokenizer(tokenizer: Tokenizer, output: Path) -> Path:
+    name = SENTENCEPIECE_FILE if tokenizer.kind == "sentencepiece" else WORDPIECE_FILE
+    copy = output / "tokenizer" / name
+    copy.parent.mkdir(exist_ok=True)
+    write_file_durably(copy, [tokenizer.path.read_bytes()])
+    return copy
+
+
+def _eval_threshold(tasks: Sequence[Task], settings: BuildSettings) -> int:
+    """Documents whose hash is below are held out.
+
+    In a small corpus that would hold out nothing, the document with the smallest hash is.
+    """
+    threshold = int(settings.eval_fraction * 2.0**64)
+    if threshold == 0 or sum(task.bytes for task in tasks) > _SMALL_CORPUS_BYTES:
+        return threshold
+    hashes = [
+        document_hash(batch.sentences[a:b])
+        for task in tasks
+        for part in task.parts
+        for batch in read_documents(part, settings, Counter())
+        for a, b in zip(batch.ends[:-1], batch.ends[1:], strict=True)
+        if sum(map(len, batch.sentences[a:b])) >= _MIN_HELD_OUT_CHARACTERS
+    ]
+    if len(set(hashes)) > 1:
+        return max(threshold, min(hashes) + 1)
+    return threshold
+
+
+def _progress(
+    results: Iterator[TaskRecord], tasks: Sequence[Task], done: dict[int, TaskRecord]
+) -> Iterator[TaskRecord]:
+    """Results with a progress bar: bytes of input, documents, time left."""
+    total = sum(task.bytes for task in tasks)
+    documents = sum(record.counts.get("documents_in", 0) for record in done.values())
+    initial = sum(record.input_bytes for record in done.values())
+    with tqdm(total=total, initial=initial, unit="B", unit_scale=True, mininterval=0.5) as bar:
+        for record in results:
+            yield record
+            documents += record.counts.get("documents_in", 0)
+            bar.set_postfix(documents=documents, refresh=False)
+            bar.update(record.input_bytes)
+
+
+def _assemble(records: Sequence[TaskRecord], tokenizer: Tokenizer, description: dict[str, Any]) -> Manifest:
+    """The manifest of all tasks, in their order.
+
+    Raises:
+        MissingInputError: not one example came out.
+    """
+    counts: Counter[str] = Counter()
+    for record in records:
+        counts.update(record.counts)
+    if not counts["train.examples"]:
+        rejected = {k.removeprefix("rejected."): v for k, v in counts.items() if k.startswith("rejected.")}
+        raise MissingInputError(
+            f"the input yields no training example: {counts['documents_in']} documents, rejected {rejected or 'none'}"
+        )
+    name = SENTENCEPIECE_FILE if tokenizer.kind == "sentencepiece" else WORDPIECE_FILE
+    shards = [shard for record in records for shard in record.shards]
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        tokenizer=TokenizerEntry(
+            kind=tokenizer.kind,
+            file=f"tokenizer/{name}",
+            sha256=hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
+            vocab_size=tokenizer.vocab_size,
+        ),
+        settings=description,
+        totals=dict(sorted(counts.items())),
+        shards=tuple(sorted(shards, key=lambda shard: (shard.split != "train", shard.name))),
+    )

@@ -1,0 +1,94 @@
+"""Text hygiene: line ends, control characters, over-long lines, sentence splitting. Every change is counted.
+
+The common case, clean text, must cost next to nothing beside the tokenizer: bytes are tested with `translate` and
+substring searches, which run at memory speed, and only dirty text takes the slow path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+MAX_LINE_CHARACTERS = 20_000
+"""Longer lines are cut at a space, or anywhere where there is none."""
+MAX_INVALID_SHARE = 0.01
+"""A document with more undecodable characters than this is rejected."""
+
+_CONTROL_BYTES = bytes([*range(9), *range(11, 32), 127])
+# Prefixes of C1 controls, U+2000..U+20FF, U+FEFF and U+FFFC..U+FFFF in UTF-8: no hit means no such character.
+_SUSPECT_SEQUENCES = tuple(
+    [b"\xc2" + bytes([i]) for i in range(0x80, 0xA0)]
+    + [b"\xe2\x80" + bytes([i]) for i in (0x8B, 0x8E, 0x8F, *range(0xA8, 0xAF))]
+    + [b"\xe2\x81" + bytes([i]) for i in range(0xA0, 0xB0)]
+    + [b"\xef\xbb\xbf", b"\xef\xbf\xbc", b"\xef\xbf\xbd", b"\xef\xbf\xbe", b"\xef\xbf\xbf"]
+)
+_LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+# Controls, zero-width and direction marks, byte order marks, replacement and non-characters, lone surrogates.
+# Zero-width joiners (U+200C, U+200D) stay: Persian, Indic scripts and emoji need them.
+_REMOVED = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufffc\ufffe\uffff\ud800-\udfff]+"
+)
+_INVALID = "\ufffd"
+
+# A sentence ends at . ! ? with closing quotes, before a space and something that can begin a sentence; or at a
+# Chinese full stop with its closing quotes. Common abbreviations and initials do not end one.
+_SENTENCE_END = re.compile(
+    r"((?<!\b[A-Z])(?<!\b(?:Mr|Ms|Dr|St|Jr|vs|cf|No|pp))(?<!\b(?:Mrs|etc|Fig|Vol|e\.g|i\.e|Gen|Col|Sen|Rep))"
+    r"[.!?][\"'”’)\]]*)[ \t]+(?=[\"'“‘(\[]*[A-Z0-9])"
+    r"|([。！？]+[…”’」』）〉》]*)[ \t\u3000]*(?=[^\s…”’」』）〉》])"
+)
+# A line that stops in the middle of a sentence goes on with a lower-case letter.
+_WRAPPED = re.compile(r"(?<=[a-z,;–-])[ \t]*\n[ \t]*(?=[a-z])")
+
+
+def is_suspect(data: bytes) -> bool:
+    """Whether bytes may hold anything that `clean_text` would change; False is certain."""
+    if len(data.translate(None, _CONTROL_BYTES)) != len(data):
+        return True
+    return not data.isascii() and any(sequence in data for sequence in _SUSPECT_SEQUENCES)
+
+
+def clean_text(text: str, counts: Counter[str]) -> str:
+    """Text with `\\n` as its only line end and without control characters; counts what it changed."""
+    text, line_ends = _LINE_ENDS.subn("\n", text)
+    text, removed = _REMOVED.subn("", text)
+    counts["line_ends_normalised"] += line_ends
+    counts["control_characters_removed"] += removed
+    return text
+
+
+def drop_invalid(text: str, counts: Counter[str]) -> str | None:
+    """Text without replacement characters, or None where they are too many to trust the rest."""
+    invalid = text.count(_INVALID)
+    if not invalid:
+        return text
+    if invalid > MAX_INVALID_SHARE * len(text):
+        return None
+    counts["invalid_characters_removed"] += invalid
+    return text.replace(_INVALID, "")
+
+
+def split_sentences(text: str) -> str:
+    """Prose with a line break after every sentence; joins lines that break a sentence."""
+    return _SENTENCE_END.sub(_break_line, _WRAPPED.sub(" ", text))
+
+
+def _break_line(match: re.Match[str]) -> str:
+    return (match[1] or match[2]) + "\n"
+
+
+def cut_long_lines(lines: list[str], counts: Counter[str]) -> list[str]:
+    """Lines of at most MAX_LINE_CHARACTERS characters, cut at a space where there is one."""
+    if not lines or len(max(lines, key=len)) <= MAX_LINE_CHARACTERS:
+        return lines
+    out: list[str] = []
+    for line in lines:
+        start = 0
+        while len(line) - start > MAX_LINE_CHARACTERS:
+            space = line.rfind(" ", start + MAX_LINE_CHARACTERS // 2, start + MAX_LINE_CHARACTERS)
+            end = space if space > 0 else start + MAX_LINE_CHARACTERS
+            out.append(line[start:end])
+            start = end
+            counts["long_lines_cut"] += 1
+        out.append(line[start:])
+    return [stripped for line in out if (stripped := line.strip())]

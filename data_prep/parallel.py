@@ -1,0 +1,125 @@
+"""Who runs the tasks: this process, several processes, or the ranks of an MPI job. Results come as they finish."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from albert.errors import AlbertError, ConfigError, PeerLostError
+from data_prep.plan import Task
+from data_prep.worker import Job, TaskRecord, Worker
+
+_POLL_S = 0.005
+_WORKER: list[Worker] = []
+"""The worker of this process, if it is one of a pool."""
+
+
+def run_here(job: Job, tasks: Sequence[Task]) -> Iterator[TaskRecord]:
+    """Run tasks in this process."""
+    worker = Worker(job)
+    for task in tasks:
+        yield worker.run(task)
+
+
+def run_processes(job: Job, tasks: Sequence[Task], num_workers: int) -> Iterator[TaskRecord]:
+    """Run tasks in `num_workers` processes, each taking the next task when it has finished one.
+
+    Raises:
+        PeerLostError: a worker was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(job,))
+    waiting = iter(tasks)
+    running: set[Future[TaskRecord]] = set()
+    try:
+        while True:
+            while len(running) < 2 * num_workers and (task := next(waiting, None)) is not None:
+                running.add(pool.submit(_run_task, task))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise PeerLostError(
+            "a worker process was killed (out of memory?); run the same command again to go on, with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(job: Job) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _WORKER.append(Worker(job))
+
+
+def _exit_with_parent() -> None:
+    """A worker must not outlive a killed parent: it would write beside the run that continues."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run_task(task: Task) -> TaskRecord:
+    return _WORKER[0].run(task)
+
+
+def mpi_communicator() -> Any:
+    """MPI's world communicator.
+
+    Raises:
+        ConfigError: mpi4py or an MPI library is missing; says how to get them.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"--mpi: MPI cannot be loaded ({error}); `pip install mpi4py mpich` is enough, "
+            "or load the cluster's MPI module and `pip install mpi4py`"
+        ) from error
+    return MPI.COMM_WORLD
+
+
+def run_mpi(comm: Any, job: Job, tasks: Sequence[Task]) -> Iterator[TaskRecord]:
+    """On rank 0: hand out tasks to the other ranks, the next one to whoever is free. Alone, it works itself."""
+    if comm.size == 1:
+        yield from run_here(job, tasks)
+        return
+    waiting = iter(tasks)
+    idle = 0
+    while idle < comm.size - 1:
+        # A blocking receive keeps a core busy; looking 200 times a second does not.
+        while not comm.iprobe():
+            time.sleep(_POLL_S)
+        source, answer = comm.recv()
+        if isinstance(answer, AlbertError):
+            raise answer
+        task = next(waiting, None)
+        comm.send(task, dest=source)
+        idle += task is None
+        if answer is not None:
+            yield answer
+
+
+def serve_mpi(comm: Any, job: Job) -> None:
+    """On the other ranks: ask rank 0 for tasks until there are none."""
+    answer: TaskRecord | AlbertError | None = None
+    worker = Worker(job)
+    while True:
+        comm.send((comm.rank, answer), dest=0)
+        while not comm.iprobe(source=0):
+            time.sleep(_POLL_S)
+        task = comm.recv(source=0)
+        if task is None:
+            return
+        try:
+            answer = worker.run(task)
+        except AlbertError as error:
+            answer = error

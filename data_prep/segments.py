@@ -1,0 +1,231 @@
+"""Sentence pairs for sentence-order prediction, computed for all documents of a batch at once.
+
+The walk is BERT's and ALBERT's (Devlin et al. 2018, Lan et al. 2020 section 3.1): sentences fill a chunk up to a
+target length, a random sentence boundary splits the chunk into A and B, half of the pairs are swapped, and what is
+too long is cut from both ends of the longer segment. Everything stays inside one document. A chunk of one sentence
+is merged into its neighbour, split at a clause boundary, or kept as one segment without a sentence-order label; it
+never becomes a copied or mislabelled pair, as it does in Google's and albert_pytorch's code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from albert.shards import NO_SENTENCE_ORDER
+
+_MIN_CLAUSE_TOKENS = 4
+"""A clause boundary closer to an end than this does not split a sentence."""
+
+Offsets = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenizedDocuments:
+    """Documents as one row of tokens with sentence boundaries."""
+
+    ids: NDArray[Any]
+    """[tokens]"""
+    sentence_ends: Offsets
+    """[sentences + 1] token offsets, starting with 0"""
+    document_ends: Offsets
+    """[documents + 1] sentence indices, starting with 0"""
+    word_starts: NDArray[np.bool_] | None = None
+    """[tokens] where words begin, if that does not follow from the pieces"""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Examples as token ranges of a `TokenizedDocuments`; all arrays are [examples].
+
+    The first segment of an example is `first`, the second `second`; an empty second segment means that there is
+    only one.
+    """
+
+    first_start: Offsets
+    first_end: Offsets
+    second_start: Offsets
+    second_end: Offsets
+    labels: NDArray[np.int8]
+    """0 in order, 1 swapped, -100 for one segment"""
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the batch."""
+        return len(self.labels)
+
+    def reorder(self, order: NDArray[np.int64]) -> Pairs:
+        """The same examples in another order."""
+        return Pairs(*(getattr(self, column.name)[order] for column in fields(self)))
+
+
+@dataclass(frozen=True)
+class PairPolicy:
+    """How chunks are made."""
+
+    max_seq_length: int
+    short_seq_prob: float = 0.1
+    single_segment: bool = False
+    """No pairs: `[CLS] A [SEP]`, masked-language-model only"""
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Tokens that fit beside [CLS], [SEP] and, for pairs, the second [SEP]."""
+        return self.max_seq_length - (2 if self.single_segment else 3)
+
+
+def make_pairs(
+    documents: TokenizedDocuments,
+    clause_table: NDArray[np.bool_],
+    policy: PairPolicy,
+    rng: np.random.Generator,
+) -> Pairs:
+    """One pass of examples over documents.
+
+    Args:
+        documents: tokens with sentence and document boundaries.
+        clause_table: [vocab] True for pieces after which a long sentence may be split.
+        policy: how chunks are made.
+        rng: the only source of randomness.
+    """
+    ends, docs = split_long_sentences(documents, clause_table, policy.max_num_tokens)
+    targets = _draw_targets(len(docs) - 1, policy, rng)
+    starts, stops = _chunk(ends, docs, targets, policy)
+    begin, end = ends[starts], ends[stops]
+    if policy.single_segment:
+        begin, end = _truncate_one(begin, end, policy.max_num_tokens, rng)
+        return Pairs(begin, end, end, end, np.full(len(begin), NO_SENTENCE_ORDER, np.int8))
+    split = _split_points(documents.ids, ends, starts, stops, clause_table, rng)
+    a_start, a_end, b_start, b_end = _truncate_pairs(begin, split, end, policy.max_num_tokens, rng)
+    b_end = _drop_copies(documents.ids, a_start, a_end, b_start, b_end)
+    swap = (rng.random(len(begin)) < 0.5) & (b_end > b_start)
+    labels = np.where(b_end > b_start, swap, NO_SENTENCE_ORDER).astype(np.int8)
+    return Pairs(
+        np.where(swap, b_start, a_start),
+        np.where(swap, b_end, a_end),
+        np.where(swap, a_start, b_start),
+        np.where(swap, a_end, b_end),
+        labels,
+    )
+
+
+def split_long_sentences(
+    documents: TokenizedDocuments, clause_table: NDArray[np.bool_], max_tokens: int
+) -> tuple[Offsets, Offsets]:
+    """Cut sentences of more than `max_tokens` tokens, at the last clause boundary that fits where there is one.
+
+    Returns:
+        Sentence ends and document ends, as in `TokenizedDocuments`.
+    """
+    ends, docs = documents.sentence_ends, documents.document_ends
+    long = np.flatnonzero(np.diff(ends) > max_tokens)
+    if not len(long):
+        return ends, docs
+    cuts, owners = [], []
+    for sentence in long.tolist():
+        start, stop = int(ends[sentence]), int(ends[sentence + 1])
+        while stop - start > max_tokens:
+            clauses = np.flatnonzero(
+                clause_table[documents.ids[start + max_tokens // 2 : start + max_tokens]]
+            )
+            start += max_tokens // 2 + int(clauses[-1]) + 1 if len(clauses) else max_tokens
+            cuts.append(start)
+            owners.append(sentence)
+    position = np.array(owners) + 1
+    grown = np.cumsum(np.bincount(owners, minlength=len(ends)))
+    shifted = docs + np.concatenate(([0], grown))[docs]
+    return np.insert(ends, position, cuts), shifted
+
+
+def _draw_targets(num_documents: int, policy: PairPolicy, rng: np.random.Generator) -> NDArray[np.int64]:
+    """[documents] target length: the maximum, or with short_seq_prob a random shorter one."""
+    longest = policy.max_num_tokens
+    short = rng.integers(2, longest + 1, num_documents)
+    return np.where(rng.random(num_documents) < policy.short_seq_prob, short, longest)
+
+
+def _chunk(
+    ends: Offsets, docs: Offsets, targets: NDArray[np.int64], policy: PairPolicy
+) -> tuple[Offsets, Offsets]:
+    """Walk the sentences of every document; returns first and last-but-one sentence of each chunk, [chunks]."""
+    sentences = np.diff(docs)
+    wanted = ends[:-1] + np.repeat(targets, sentences)
+    # next_chunk[i]: where the chunk that begins with sentence i ends, if it may run to the end of its document
+    next_chunk = np.minimum(np.searchsorted(ends, wanted), np.repeat(docs[1:], sentences)).tolist()
+    starts: list[int] = []
+    stops: list[int] = []
+    limit = policy.max_num_tokens
+    for begin, end in zip(docs[:-1].tolist(), docs[1:].tolist(), strict=True):
+        i = begin
+        while i < end:
+            stop = next_chunk[i]
+            starts.append(i)
+            stops.append(stop)
+            i = stop
+        if end - begin > 1 and starts[-1] == end - 1 and ends[end] - ends[starts[-2]] <= limit:
+            starts.pop()  # one sentence is left over and fits into the chunk before it
+            stops.pop(-2)
+    return np.array(starts, np.int64), np.array(stops, np.int64)
+
+
+def _split_points(
+    ids: NDArray[Any],
+    ends: Offsets,
+    starts: Offsets,
+    stops: Offsets,
+    clause_table: NDArray[np.bool_],
+    rng: np.random.Generator,
+) -> Offsets:
+    """[chunks] token offset where B begins; the end of the chunk where there can be no B."""
+    count = stops - starts
+    draw = rng.random(len(starts))
+    boundary = starts + 1 + (draw * np.maximum(count - 1, 1)).astype(np.int64)
+    split = ends[np.minimum(boundary, stops)]
+    for i in np.flatnonzero(count == 1).tolist():
+        begin, end = int(ends[starts[i]]), int(ends[stops[i]])
+        inner = ids[begin + _MIN_CLAUSE_TOKENS - 1 : max(end - _MIN_CLAUSE_TOKENS, begin)]
+        clauses = np.flatnonzero(clause_table[inner])
+        split[i] = end
+        if len(clauses):
+            split[i] = begin + _MIN_CLAUSE_TOKENS + int(clauses[int(draw[i] * len(clauses))])
+    return split
+
+
+def _truncate_pairs(
+    begin: Offsets, split: Offsets, end: Offsets, limit: int, rng: np.random.Generator
+) -> tuple[Offsets, Offsets, Offsets, Offsets]:
+    """Cut the longer segment, token by token at a random end, until the pair has `limit` tokens.
+
+    This is BERT's loop in closed form: the longer one shrinks to the length of the other, then both alternate,
+    B first; how many tokens go at the front is binomial.
+    """
+    a, b = split - begin, end - split
+    excess = np.maximum(a + b - limit, 0)
+    level = np.minimum(excess, np.abs(a - b))
+    rest = excess - level
+    cut_a = np.where(a > b, level, 0) + rest // 2
+    cut_b = np.where(a > b, 0, level) + (rest + 1) // 2
+    front_a, front_b = rng.binomial(cut_a, 0.5), rng.binomial(cut_b, 0.5)
+    return begin + front_a, split - (cut_a - front_a), split + front_b, end - (cut_b - front_b)
+
+
+def _drop_copies(
+    ids: NDArray[Any], a_start: Offsets, a_end: Offsets, b_start: Offsets, b_end: Offsets
+) -> Offsets:
+    """Ends of B, where a B with the very tokens of A (a refrain) becomes empty: its order means nothing."""
+    b_end = b_end.copy()
+    for i in np.flatnonzero(a_end - a_start == b_end - b_start).tolist():
+        if np.array_equal(ids[a_start[i] : a_end[i]], ids[b_start[i] : b_end[i]]):
+            b_end[i] = b_start[i]
+    return b_end
+
+
+def _truncate_one(
+    begin: Offsets, end: Offsets, limit: int, rng: np.random.Generator
+) -> tuple[Offsets, Offsets]:
+    cut = np.maximum(end - begin - limit, 0)
+    front = rng.binomial(cut, 0.5)
+    return begin + front, end - (cut - front)

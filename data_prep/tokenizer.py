@@ -1,0 +1,121 @@
+"""Train a SentencePiece model in ALBERT's form: its special tokens in its order, its normalisation."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from albert.errors import ConfigError, MissingInputError, UnsafeError
+from albert.shards import write_file_durably
+from albert.tokenization import SENTENCEPIECE_FILE, normalise_texts
+from data_prep.corpus import read_documents
+from data_prep.plan import find_sources, plan_tasks
+from data_prep.settings import BuildSettings, TextFormat
+
+_USER_SYMBOLS = ("(", ")", '"', "-", ".", "\u2013", "\u00a3", "\u20ac")
+"""Symbols that are always pieces of their own, as in ALBERT's own model."""
+_CHINESE_COVERAGE, _COVERAGE = 0.9995, 0.99995
+_MAX_SENTENCE_CHARACTERS = 1000
+"""The trainer skips what is longer than 4192 bytes; this is never longer."""
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    output: Path,
+    vocab_size: int,
+    *,
+    cased: bool = False,
+    text_format: TextFormat = "auto",
+    max_sentences: int = 2_000_000,
+    character_coverage: float | None = None,
+) -> Path:
+    """Train `OUTPUT/spiece.model` on the sentences of text files.
+
+    Args:
+        inputs: text files, as for `build`.
+        output: directory, made where it does not exist.
+        vocab_size: pieces, special tokens included.
+        cased: keep case and accents; otherwise both are folded as ALBERT does.
+        text_format: see `BuildSettings.format`.
+        max_sentences: sentences to learn from, spread evenly over the corpus.
+        character_coverage: share of characters that become pieces; default 0.99995, Chinese 0.9995.
+
+    Raises:
+        ConfigError: the vocabulary does not fit the text.
+        UnsafeError: there is a tokenizer already.
+    """
+    import sentencepiece
+
+    target = output / SENTENCEPIECE_FILE
+    if target.exists():
+        raise UnsafeError(f"{target}: exists; remove it or name another --output")
+    settings = BuildSettings(format=text_format)
+    every = _sampling_interval(inputs, settings, max_sentences)
+    sentences = list(_sentences(inputs, settings, every, cased))
+    if not sentences:
+        raise MissingInputError(f"--input {' '.join(inputs)}: holds no text to learn from")
+    if character_coverage is None:
+        character_coverage = _CHINESE_COVERAGE if _is_chinese(sentences) else _COVERAGE
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="unigram",
+            character_coverage=character_coverage,
+            pad_id=0,
+            unk_id=1,
+            bos_id=-1,
+            eos_id=-1,
+            pad_piece="<pad>",
+            unk_piece="<unk>",
+            control_symbols=["[CLS]", "[SEP]", "[MASK]"],
+            user_defined_symbols=list(_USER_SYMBOLS),
+            normalization_rule_name="nmt_nfkc",
+            num_threads=1,  # more threads sum in another order: another model from the same text
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"--vocab-size {vocab_size}: {_reason(str(error))}") from error
+    output.mkdir(parents=True, exist_ok=True)
+    write_file_durably(target, [model.getvalue()])
+    return target
+
+
+def _reason(message: str) -> str:
+    """What the trainer complains about, without its source position."""
+    if match := re.search(r"value <= (\d+)", message):
+        return (
+            f"too large for this text, which yields at most {match[1]} pieces; ask for that or give more text"
+        )
+    if match := re.search(r"required_chars_size\)?\D*(\d+)", message) or re.search(r"(\d+) vs", message):
+        return f"too small for the characters of this text ({match[1]}); ask for more or lower --character-coverage"
+    return " ".join(message.split())
+
+
+def _sentences(inputs: Sequence[str], settings: BuildSettings, every: int, cased: bool) -> Iterator[str]:
+    """Every `every`-th sentence of the corpus, normalised as it will be when the model is used."""
+    position = 0
+    for task in plan_tasks(find_sources(inputs, (), settings), settings):
+        for part in task.parts:
+            for batch in read_documents(part, settings, Counter()):
+                chosen = batch.sentences[-position % every :: every]
+                position += len(batch.sentences)
+                for sentence in normalise_texts(chosen, not cased, not cased):
+                    for start in range(0, len(sentence), _MAX_SENTENCE_CHARACTERS):
+                        yield sentence[start : start + _MAX_SENTENCE_CHARACTERS]
+
+
+def _sampling_interval(inputs: Sequence[str], settings: BuildSettings, max_sentences: int) -> int:
+    """1 for a corpus that fits into `max_sentences`, guessing 50 bytes for the shortest usual sentence."""
+    total = sum(source.bytes for source in find_sources(inputs, (), settings))
+    return max(1, total // (50 * max_sentences))
+
+
+def _is_chinese(sentences: Sequence[str]) -> bool:
+    text = "".join(sentences[:10_000])
+    return len(re.findall("[\u4e00-\u9fff]", text)) > 0.3 * len(text)
