@@ -40,9 +40,25 @@ def _synchronize(device: torch.device) -> None:
 class Monitor:
     """Writes metrics on rank 0; silent on the others."""
 
-    def __init__(self, run_directory: Path, config: LogConfig, first_step: int, num_steps: int) -> None:
-        """Open the logs and drop what they say about steps after `first_step`, which will be done again."""
+    def __init__(
+        self,
+        run_directory: Path,
+        config: LogConfig,
+        first_step: int,
+        num_steps: int,
+        shown: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        """Open the logs and drop what they say about steps after `first_step`, which will be done again.
+
+        Args:
+            run_directory: gets the files.
+            config: what is reported.
+            first_step: steps already done.
+            num_steps: steps of the whole run.
+            shown: kind -> metrics for the terminal; default those of pretraining.
+        """
         self._config = config
+        self._shown = shown or _SHOWN
         path = run_directory / METRICS_NAME
         _truncate_metrics(path, first_step)
         self._file: TextIO = path.open("a", encoding="utf-8")
@@ -85,7 +101,7 @@ class Monitor:
 
     def _show(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         text = "  ".join(
-            f"{name} {_format(name, value)}" for name, value in values.items() if name in _SHOWN[kind]
+            f"{name} {_format(name, value)}" for name, value in values.items() if name in self._shown[kind]
         )
         if kind == "train" and not self._prints_lines:
             self._bar.set_postfix_str(text, refresh=False)

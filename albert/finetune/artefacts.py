@@ -1,0 +1,65 @@
+"""What a fine-tuning run leaves behind: predictions, submission files, results.json. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from albert.finetune.task_definition import Task
+from albert.shards import write_file_durably
+
+RESULTS_NAME = "results.json"
+
+
+def write_predictions(output: Path, split: str, predictions: Sequence[Mapping[str, Any]]) -> Path:
+    """predictions-SPLIT.jsonl: one object per example, in the order of the file."""
+    path = output / f"predictions-{split}.jsonl"
+    lines = (json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
+    write_file_durably(path, (line.encode() for line in lines))
+    return path
+
+
+def write_submission(output: Path, task: Task, predictions: Sequence[Mapping[str, Any]]) -> Path | None:
+    """The file that the benchmark's server takes: GLUE's TSV, CLUE's JSON lines, or SQuAD's JSON."""
+    if task.kind == "span":
+        answers = {prediction["id"]: prediction["prediction"] for prediction in predictions}
+        path, text = output / "answers.json", json.dumps(answers, ensure_ascii=False) + "\n"
+    elif task.submission is None:
+        return None
+    else:
+        form, name = task.submission
+        path = output / name
+        text = _glue_text(predictions) if form == "glue" else _clue_text(predictions)
+    write_file_durably(path, [text.encode()])
+    return path
+
+
+def _glue_text(predictions: Sequence[Mapping[str, Any]]) -> str:
+    rows = [f"{index}\t{prediction['prediction']}" for index, prediction in enumerate(predictions)]
+    return "\n".join(["index\tprediction", *rows]) + "\n"
+
+
+def _clue_text(predictions: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        {"id": int(p["id"]) if str(p["id"]).isdigit() else p["id"], "label": p["prediction"]}
+        for p in predictions
+    ]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def update_results(output: Path, values: Mapping[str, Any]) -> Path:
+    """Merge values into results.json, so that a later --do-test adds to what --do-train wrote."""
+    path = output / RESULTS_NAME
+    old: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            old = json.loads(path.read_bytes())
+        except ValueError:
+            old = {}  # torn by a crash of an older version; what is merged now is still true
+    merged = {**old, **values}
+    for key in ("splits", "data"):
+        merged[key] = {**old.get(key, {}), **values.get(key, {})}
+    write_file_durably(path, [(json.dumps(merged, indent=2, ensure_ascii=False) + "\n").encode()])
+    return path

@@ -1,0 +1,177 @@
+"""Command line of fine-tuning: `python -m albert.finetune --task NAME --data-dir DIR --model DIR --output DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from albert.errors import ConfigError, run_command
+from albert.finetune.request import Request
+from albert.finetune.settings import FinetuneSettings, settings_for
+from albert.finetune.task_definition import METRICS_OF_KIND, Task
+from albert.finetune.tasks import TASKS, find_task
+from albert.stopping import StopRequest
+
+_EXAMPLES = """examples:
+  python -m albert.finetune --list-tasks
+  python -m albert.finetune --task lcqmc --data-dir data/lcqmc --model runs/base_zh/model --output runs/lcqmc \\
+      --do-train --do-eval --do-test
+  python -m albert.finetune --task sst-2 --data-dir data/SST-2 --model albert-base-v2 --output runs/sst2 \\
+      --do-train --do-eval --do-predict --epochs 3 --batch-size 32 --learning-rate 2e-5 --max-seq-length 128
+  python -m albert.finetune --task lcqmc --data-dir data/lcqmc --model runs/lcqmc/model --output runs/again --do-test
+  python -m launcher local -n 2 finetune --task mnli ...       (several ranks on one machine)
+
+data: DIR holds train, dev and test as .tsv, .txt, .csv, .json or .jsonl (or under the benchmark's own names);
+      LCQMC form is one pair per line: text <TAB> text <TAB> label. Only a test file may be without labels.
+output: model/ (the best weights by --metric on dev; --model reads it again), results.json, predictions-SPLIT.jsonl,
+      metrics.jsonl, tensorboard/, config.yaml, and the benchmark's submission file with --do-predict.
+exit codes: 0 done, 65 bad data, 66 missing input, 70 non-finite, 74 disk, 75 stopped by a signal, 78 configuration"""
+
+_SETTINGS: dict[str, tuple[type, str]] = {
+    "learning_rate": (float, "peak learning rate"),
+    "batch_size": (int, "examples per optimizer step over all ranks"),
+    "micro_batch_size": (int, "examples per forward pass of one rank (default: the rank's share)"),
+    "eval_batch_size": (int, "examples per forward pass of evaluation"),
+    "epochs": (float, "passes over the training data"),
+    "max_steps": (int, "optimizer steps, instead of --epochs"),
+    "warmup_steps": (int, "steps of rising learning rate (default: a tenth)"),
+    "max_seq_length": (int, "longest sequence in tokens; longer ones are cut"),
+    "weight_decay": (float, "AdamW's, not on biases and LayerNorms"),
+    "max_grad_norm": (float, "clip the gradient norm; 0 for no clipping"),
+    "layer_decay": (float, "learning-rate factor per layer away from the head"),
+    "dropout": (float, "dropout of hidden states and attention (default: the model's)"),
+    "classifier_dropout": (float, "dropout before the head (default: the model's, 0.1)"),
+    "eval_interval_steps": (int, "steps between evaluations on dev (default: once per epoch)"),
+    "early_stopping": (int, "stop after so many evaluations without a better one"),
+    "seed": (int, "initial head, order and dropout"),
+    "log_interval_steps": (int, "steps between lines of metrics"),
+}
+_CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
+    "schedule": (("linear", "cosine", "constant"), "learning rate after the warm-up"),
+    "precision": (("auto", "bf16", "fp16", "fp32"), "auto: bf16 on CUDA, fp32 on CPU"),
+    "device": (("auto", "cpu", "cuda"), "auto takes CUDA where there is one"),
+    "progress": (("auto", "on", "off"), "progress bar; auto: on a terminal"),
+}
+
+
+def main() -> None:
+    """Console entry point."""
+    sys.exit(run_command(_main))
+
+
+def _main() -> None:
+    stop = StopRequest()
+    arguments = _parse(sys.argv[1:])
+    if arguments.list_tasks:
+        print(task_table())
+        return
+    request = _request(arguments)
+    task = find_task(request.task)
+    settings = settings_for(task, request.overrides)
+    _check_output(Path(request.output))
+    _run(request, task, settings, stop)
+
+
+def _run(request: Request, task: Task, settings: FinetuneSettings, stop: StopRequest) -> None:
+    """Import torch only once the command line is known to make sense."""
+    from albert.distributed import close_world, init_world
+    from albert.finetune.preparation import prepare
+    from albert.finetune.run import run_once
+
+    stop.install()
+    prepared = prepare(request, task, settings)
+    world = init_world(settings.device, timeout_s=1800.0)
+    try:
+        run_once(prepared, request, settings, Path(request.output), world, stop)
+    finally:
+        close_world()
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m albert.finetune",
+        description="Fine-tune an ALBERT on a task, keep the best weights, evaluate and predict.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--list-tasks", action="store_true", help="print the table of tasks and stop")
+    parser.add_argument("--task", help="a task of --list-tasks")
+    parser.add_argument("--data-dir", help="directory of the data files")
+    parser.add_argument(
+        "--model", help="pretrained or fine-tuned model, Hugging Face directory, checkpoint, or run"
+    )
+    parser.add_argument("--output", help="directory of this run")
+    parser.add_argument("--tokenizer", help="spiece.model or vocab.txt (default: the model's)")
+    for name, text in _ACTIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    group = parser.add_argument_group("settings (default: the task's published recipe, see --list-tasks)")
+    for name, (kind, text) in _SETTINGS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    for name, (choices, text) in _CHOICES.items():
+        group.add_argument(f"--{name.replace('_', '-')}", choices=choices, help=text)
+    group.add_argument("--metric", help="metric that chooses the best weights")
+    group.add_argument("--deepspeed", help="placement: zero0 zero1 zero2 zero3 zero2_offload, or a JSON file")
+    group.add_argument("--reinit-pooler", action="store_true", default=None, help="start with a new pooler")
+    group.add_argument("--no-tensorboard", dest="tensorboard", action="store_false", default=None)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    return parser.parse_args(argv)
+
+
+_ACTIONS = {
+    "do_train": "train on train, keep the best weights by dev",
+    "do_eval": "metrics and predictions on dev",
+    "do_test": "metrics and predictions on test, which must have labels",
+    "do_predict": "predictions on test, and the submission file of GLUE, CLUE or SQuAD",
+    "skip_bad_rows": "leave bad rows out, with a count, instead of refusing the file",
+}
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    """Check that the command line says what to do.
+
+    Raises:
+        ConfigError: names every option that is missing.
+    """
+    missing = [
+        f"--{name.replace('_', '-')}"
+        for name in ("task", "data_dir", "model", "output")
+        if not getattr(arguments, name)
+    ]
+    actions = ("do_train", "do_eval", "do_test", "do_predict")
+    if not any(getattr(arguments, name) for name in actions):
+        missing.append("one of " + ", ".join(f"--{name.replace('_', '-')}" for name in actions))
+    if missing:
+        raise ConfigError(f"missing: {'; '.join(missing)}; see --help for examples")
+    names = (*_SETTINGS, *_CHOICES, "metric", "deepspeed", "reinit_pooler", "tensorboard")
+    overrides = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return Request(
+        task=arguments.task,
+        data_dir=arguments.data_dir,
+        model=arguments.model,
+        output=arguments.output,
+        tokenizer=arguments.tokenizer,
+        overrides=overrides,
+        **{name: getattr(arguments, name) for name in _ACTIONS},
+    )
+
+
+def _check_output(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--output {path}: is a file; name a directory")
+
+
+def task_table() -> str:
+    """The table of tasks as text."""
+    rows = [("task", "kind", "metric", "batch", "rate", "length", "train", "what it is")]
+    for task in TASKS.values():
+        recipe = task.recipe
+        train = f"{recipe.epochs:g} epochs" if recipe.epochs else f"{recipe.steps} steps"
+        numbers = (str(recipe.batch_size), f"{recipe.learning_rate:g}", str(recipe.max_seq_length))
+        rows.append((task.name, task.kind, task.metric, *numbers, train, task.summary))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+    kinds = ", ".join(f"{kind}: {' '.join(names)}" for kind, names in METRICS_OF_KIND.items())
+    return "\n".join([*lines, "", f"metrics by kind: {kinds}"])
