@@ -31,7 +31,7 @@ _SPLIT_SHARES = (("train", 0.84), ("dev", 0.08), ("test", 0.08))
 
 _MARKUP = re.compile(r":\w+(?::\w+)?:`~?([^`<]+)(?:<[^`>]*>)?`|`{1,2}([^`]*)`{1,2}|\*{1,2}(\w[^*\n]*)\*{1,2}")
 _BULLET = re.compile(r"^[ \t]*(?:[-*+•o]|\(?\d{1,2}[.)]|#+|\.\.|@\w+)[ \t]+", re.MULTILINE)
-_SENTENCE = re.compile(r"[\"'(]?[A-Z][^\n]*[a-z)\"'\]][.!?:][\"')]?")
+_SENTENCE = re.compile(r"[\"'(]?[A-Za-z][^\n]*[a-z0-9)\"'\]][.!?:;]?[\"')]?")
 _WORD = re.compile(r"[A-Za-z]{2,}")
 
 
@@ -146,9 +146,8 @@ def clean_sentences(text: str) -> list[str]:
         if ">>>" in paragraph or "::=" in paragraph:
             continue
         plain = _MARKUP.sub(lambda match: match[1] or match[2] or match[3] or "", _BULLET.sub("", paragraph))
-        for sentence in split_sentences(" ".join(plain.split())).split("\n"):
-            if _is_prose(sentence):
-                sentences.append(sentence.strip())
+        split = split_sentences(" ".join(plain.split())).split("\n")
+        sentences += [sentence.strip() for sentence in split if _is_prose(sentence)]
     return sentences
 
 
@@ -156,9 +155,9 @@ def _is_prose(sentence: str) -> bool:
     words = _WORD.findall(sentence)
     letters = sum(map(len, words))
     return (
-        5 <= len(words) <= 60
+        4 <= len(words) <= 80
         and bool(_SENTENCE.fullmatch(sentence.strip()))
-        and letters + sentence.count(" ") > 0.88 * len(sentence)
+        and letters + sentence.count(" ") > 0.85 * len(sentence)
         and "  " not in sentence
     )
 
