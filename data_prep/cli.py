@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo-corpus", help="gather English text that every Python carries, for a first try"
     )
     demo.add_argument("--output", required=True, metavar="DIR")
+    demo.add_argument("--input", metavar="FILE", help="your own text instead; the pair task is made from it")
     demo.set_defaults(run=_run_demo_corpus)
     return parser
 
@@ -236,4 +237,5 @@ def _run_show(options: argparse.Namespace) -> None:
 def _run_demo_corpus(options: argparse.Namespace) -> None:
     from data_prep.demo_corpus import write_demo_corpus
 
-    print(write_demo_corpus(Path(options.output)))
+    source = Path(options.input) if options.input else None
+    print(write_demo_corpus(Path(options.output), source))

@@ -3,7 +3,7 @@
 Docstrings, block comments and the language reference of `pydoc` are cleaned into sentences: one per line, a blank
 line between documents (one document per module or topic). A sentence-pair task is made from the same text in the
 form of LCQMC: does the second text continue the first, or does it come from another document?
-The same Python gives the same bytes.
+The same Python gives the same bytes. Any other text file can take the place of the documentation.
 """
 
 from __future__ import annotations
@@ -12,19 +12,26 @@ import ast
 import inspect
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from albert.errors import MissingInputError, UnsafeError
+from albert.errors import DataError, MissingInputError, UnsafeError
 from albert.shards import write_file_durably
 from data_prep.cleaning import split_sentences
+from data_prep.corpus import detect_format, read_documents, read_head
+from data_prep.plan import Part, Source
+from data_prep.settings import BuildSettings
 
 CORPUS_FILE = "corpus.txt"
 PAIRS_DIRECTORY = "pairs"
 _SKIPPED = ("site-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo", "encodings", "__phello__")
 _MIN_SENTENCES = 4
+_MIN_DOCUMENTS = 40
+"""Fewer cannot be divided into train, dev and test with other documents to choose from in each."""
 _PAIR_SENTENCES = 2
 """Sentences in each text of a pair."""
 _SPLIT_SHARES = (("train", 0.84), ("dev", 0.08), ("test", 0.08))
@@ -35,17 +42,22 @@ _SENTENCE = re.compile(r"[\"'(]?[A-Za-z][^\n]*[a-z0-9)\"'\]][.!?:;]?[\"')]?")
 _WORD = re.compile(r"[A-Za-z]{2,}")
 
 
-def write_demo_corpus(output: Path) -> str:
+def write_demo_corpus(output: Path, source: Path | None = None) -> str:
     """Write `OUTPUT/corpus.txt` and `OUTPUT/pairs/{train,dev,test}.tsv`; returns a line about them.
 
+    Args:
+        output: directory of the files.
+        source: text or JSONL file that takes the place of the documentation of the standard library.
+
     Raises:
-        MissingInputError: this Python has no source of its standard library.
+        MissingInputError: no such file, or this Python has no source of its standard library.
+        DataError: the file holds too few documents for a task.
         UnsafeError: there is a corpus already.
     """
     target = output / CORPUS_FILE
     if target.exists():
         raise UnsafeError(f"{target}: exists; remove it or name another --output")
-    documents = gather_documents()
+    documents = gather_documents() if source is None else read_own_documents(source)
     text = "\n\n".join("\n".join(sentences) for sentences in documents) + "\n"
     (output / PAIRS_DIRECTORY).mkdir(parents=True, exist_ok=True)
     counts = []
@@ -82,6 +94,33 @@ def gather_documents() -> list[list[str]]:
             "demo-corpus: this Python carries no source of its standard library; install one that does"
         )
     return documents
+
+
+def read_own_documents(path: Path) -> list[list[str]]:
+    """Sentences of every document of a file, as `data_prep build` reads them.
+
+    Raises:
+        MissingInputError: no such file.
+        DataError: too few documents.
+    """
+    if not path.is_file():
+        raise MissingInputError(f"--input {path}: no such file")
+    settings = BuildSettings()
+    size = path.stat().st_size
+    source = Source(str(path), detect_format(path, read_head(path), settings), size)
+    documents = []
+    for batch in read_documents(Part(source, 0, size), settings, Counter()):
+        documents += [
+            [" ".join(sentence.split()) for sentence in batch.sentences[begin:end]]
+            for begin, end in pairwise(batch.ends)
+        ]
+    usable = [sentences for sentences in documents if len(sentences) >= _MIN_SENTENCES]
+    if len(usable) < _MIN_DOCUMENTS:
+        raise DataError(
+            f"{path}: {len(usable)} documents of at least {_MIN_SENTENCES} sentences, the sentence-pair task needs "
+            f"{_MIN_DOCUMENTS}; put a blank line between documents"
+        )
+    return usable
 
 
 def _module_texts() -> Iterator[str]:
