@@ -25,8 +25,8 @@ from pathlib import Path
 
 from albert.errors import ConfigError
 from launcher.job import Job, Rendezvous
-from launcher.process import child_setup
-from launcher.watch import watch_ranks
+from launcher.process import child_setup, signals_held
+from launcher.watch import LocalReach, RankWatch
 
 _ACCELERATOR_DEVICES = ("nvidia[0-9]*", "kfd", "dxg", "dri/renderD*", "davinci[0-9]*", "accel*")
 _LOOPBACK = "127.0.0.1"
@@ -96,14 +96,15 @@ def run_local(run: LocalRun) -> int:
     directory = Path(str(run.job.status_directory))
     directory.mkdir(mode=0o700)
     try:
-        with watch_ranks(directory, run.num_ranks) as watch:
+        with signals_held() as held:
             starter = subprocess.Popen(
                 run.command(),
                 env={**os.environ, **dict(run.job.environment), "PYTHONPATH": python_path(os.environ)},
                 start_new_session=True,  # Ctrl-C reaches the launcher only, which passes it on
                 preexec_fn=child_setup(),  # noqa: PLW1509 - no threads here
             )
-            outcome = watch.wait(starter)
+            reach = LocalReach(directory, run.num_ranks)
+            outcome = RankWatch(directory, run.num_ranks, held, reach).wait(starter)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     if outcome.line is not None:

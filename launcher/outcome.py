@@ -48,10 +48,17 @@ def job_outcome(ends: Sequence[RankEnd], num_ranks: int) -> Outcome:
         return _from_cause(min(causes, key=lambda end: end.at))
     codes = {end.code for end in ends}
     if len(ends) < num_ranks or -signal.SIGKILL in codes:
-        ended = {end.rank for end in ends if end.code >= 0}
-        missing = ", ".join(str(rank) for rank in range(num_ranks) if rank not in ended)
-        return Outcome(_LOST, f"rank {missing} did not end by itself and had to be killed")
+        return Outcome(_LOST, _not_ended(ends, num_ranks))
     return Outcome(max(codes, default=_LOST))
+
+
+def _not_ended(ends: Sequence[RankEnd], num_ranks: int) -> str:
+    known = {end.rank: end.code for end in ends}
+    killed = [str(rank) for rank, code in known.items() if code < 0]
+    lost = [str(rank) for rank in range(num_ranks) if rank not in known]
+    parts = [f"rank {', '.join(killed)} did not end by itself and had to be killed"] if killed else []
+    parts += [f"rank {', '.join(lost)} left no record of its end, as if its host was lost"] if lost else []
+    return "; ".join(parts)
 
 
 def _from_cause(end: RankEnd) -> Outcome:

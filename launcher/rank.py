@@ -9,7 +9,6 @@ well.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import socket
@@ -25,6 +24,7 @@ from albert.errors import ConfigError, run_command
 from launcher.job import Job
 from launcher.outcome import RankEnd
 from launcher.process import child_setup, die_with_parent, signals_held, start_time
+from launcher.records import write_record
 
 _PLACES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -64,7 +64,8 @@ def run_rank(job: Job, environment: Mapping[str, str]) -> RankEnd:
         pump = _follow(child, job, rank)
         pids = {"pid": os.getpid(), "started": start_time(os.getpid())}
         child_pids = {"child": child.pid, "child_started": start_time(child.pid)}
-        _record(job, rank, "started", {**pids, **child_pids})
+        if job.status_directory is not None:
+            write_record(job.status_directory, rank, "started", {**pids, **child_pids})
         sent: list[int] = []
         while child.poll() is None:
             number = signal.sigwait(held)
@@ -74,7 +75,9 @@ def run_rank(job: Job, environment: Mapping[str, str]) -> RankEnd:
     if pump is not None:
         pump.join(timeout=5)
     end = RankEnd(rank, socket.gethostname(), child.returncode, time.time(), tuple(sent))
-    _record(job, rank, "ended", {"host": end.host, "code": end.code, "at": end.at, "sent": sent})
+    if job.status_directory is not None:
+        fields = {"host": end.host, "code": end.code, "at": end.at, "sent": sent}
+        write_record(job.status_directory, rank, "ended", fields)
     return end
 
 
@@ -112,15 +115,6 @@ def _copy(source: IO[bytes], log: IO[bytes] | None, shown: IO[bytes] | None, pre
         if shown is not None:
             shown.write(line if line.startswith(prefix) else prefix + line)
             shown.flush()
-
-
-def _record(job: Job, rank: int, event: str, fields: dict[str, object]) -> None:
-    if job.status_directory is None:
-        return
-    path = Path(job.status_directory) / f"rank-{rank}.{event}.json"
-    hidden = path.with_suffix(".tmp")
-    hidden.write_text(json.dumps({"rank": rank, **fields}))
-    hidden.rename(path)
 
 
 def _main() -> None:

@@ -1,20 +1,21 @@
-"""Watches the ranks of a job on this machine: passes signals on, waits, and leaves no process behind."""
+"""Watches the ranks of a job: passes signals on, waits as long as a commit takes, leaves no process behind."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from albert.errors import PreemptedError
 from launcher.outcome import Outcome, RankEnd, job_outcome, signal_name
-from launcher.process import kill_session, send, signals_held
+from launcher.process import kill_session, send
+from launcher.records import read_ends, read_records
 
 PEER_GRACE_S = 30.0
 """How long the other ranks may go on once one has failed; they notice a lost peer by themselves."""
@@ -24,94 +25,121 @@ KILLING_INTERRUPTS = 3
 _POLL_S = 0.1
 
 
-class RankWatch:
-    """The ranks of one job, known through the files that `launcher.rank` writes."""
+class Reach(Protocol):
+    """A way to the ranks."""
 
-    def __init__(self, directory: Path, num_ranks: int, held: set[signal.Signals]) -> None:
+    def pass_on(self, asked: Sequence[int]) -> None:
+        """Send each rank the signals it has not had; called again and again, as ranks may start late."""
+
+    def kill(self) -> set[int]:
+        """SIGKILL the ranks; returns those that were killed."""
+
+
+class LocalReach:
+    """Ranks on this machine, signalled by pid."""
+
+    def __init__(self, directory: Path, num_ranks: int) -> None:
+        self._directory = directory
+        self._num_ranks = num_ranks
+        self._told: dict[int, int] = {}
+
+    def pass_on(self, asked: Sequence[int]) -> None:
+        """Signal the parent of each rank, which passes it on."""
+        if sum(self._told.values()) == self._num_ranks * len(asked):
+            return
+        for rank, record in read_records(self._directory, "started").items():
+            for number in asked[self._told.get(rank, 0) :]:
+                # A terminal that went away asks for the same as SIGTERM.
+                send(record["pid"], record["started"], signal.SIGTERM if number == signal.SIGHUP else number)
+            self._told[rank] = len(asked)
+
+    def kill(self) -> set[int]:
+        """Kill the ranks themselves; their parents record it."""
+        started = read_records(self._directory, "started")
+        return {
+            rank
+            for rank, record in started.items()
+            if send(record["child"], record["child_started"], signal.SIGKILL)
+        }
+
+
+class RankWatch:
+    """The ranks of one job, known through the records in a directory."""
+
+    def __init__(self, directory: Path, num_ranks: int, held: set[signal.Signals], reach: Reach) -> None:
+        """Watch.
+
+        Args:
+            directory: where the ranks leave their records.
+            num_ranks: of the job.
+            held: signals that are blocked, and taken here.
+            reach: the way to the ranks.
+        """
         self._directory = directory
         self._num_ranks = num_ranks
         self._held = held
-        self._asked: list[int] = []
-        self._told: dict[int, int] = {}
+        self._reach = reach
         self._killed: set[int] = set()
         self._failed_at: float | None = None
+        self.asked: list[int] = []
+        """Signals that came so far."""
 
-    def wait(self, starter: subprocess.Popen[bytes]) -> Outcome:
-        """Wait until every rank has ended, and nothing of the job is left.
+    def wait(self, starter: subprocess.Popen[bytes], settle_s: float = 0.0) -> Outcome:
+        """Wait until every rank has ended and nothing of the job is left on this machine.
 
         Args:
             starter: the process that starts the ranks, leader of its own session.
+            settle_s: how long records may take to be seen once the starter has ended.
         """
-        while starter.poll() is None and len(self._records("ended")) < self._num_ranks:
-            received = signal.sigtimedwait(self._held, _POLL_S)
-            if received is not None and received.si_signo != signal.SIGCHLD:
-                self._asked.append(received.si_signo)
-                self._announce(received.si_signo)
-            self._pass_signals_on()
+        while starter.poll() is None and len(read_ends(self._directory)) < self._num_ranks:
+            self._take_signal()
+            if self.asked:
+                self._reach.pass_on(self.asked)
             if self._is_over():
-                self._kill_ranks()
+                self._killed |= self._reach.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             starter.wait(timeout=5)
         kill_session(starter.pid)
         starter.wait()
-        ends = self._ends()
-        if not ends and not self._asked:
-            return Outcome(1, f"DeepSpeed's launcher ended with {starter.returncode} before any rank did")
+        deadline = time.monotonic() + settle_s
+        while len(ends := self.ends()) < self._num_ranks and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        if not ends and not self.asked:
+            return Outcome(
+                1, f"what starts the ranks ended with {starter.returncode} before any rank had ended"
+            )
         if not ends:
-            return job_outcome([RankEnd(0, "this machine", -self._asked[0], 0.0, tuple(self._asked))], 1)
+            ends = [RankEnd(0, "this machine", -self.asked[0], 0.0, tuple(self.asked))]
+            return job_outcome(ends, 1)
         return job_outcome(ends, self._num_ranks)
 
-    def _announce(self, number: int) -> None:
-        interrupts = self._asked.count(signal.SIGINT)
+    def ends(self) -> list[RankEnd]:
+        """How ranks ended, as far as they have; those killed from here are marked so."""
+        killed = (int(signal.SIGKILL),)
+        return [
+            replace(end, sent=end.sent + killed) if end.rank in self._killed else end
+            for end in read_ends(self._directory)
+        ]
+
+    def _take_signal(self) -> None:
+        received = signal.sigtimedwait(self._held, _POLL_S)
+        if received is None or received.si_signo == signal.SIGCHLD:
+            return
+        number = received.si_signo
+        self.asked.append(number)
+        interrupts = self.asked.count(signal.SIGINT)
+        text = "waiting for the ranks to stop"
         if interrupts >= KILLING_INTERRUPTS:
             text = "killing the ranks"
         elif number == signal.SIGINT:
-            more = KILLING_INTERRUPTS - interrupts
-            text = f"waiting for the ranks to stop; Ctrl-C {more} more times kills them"
-        else:
-            text = "waiting for the ranks to stop"
+            text += f"; Ctrl-C {KILLING_INTERRUPTS - interrupts} more times kills them"
         sys.stderr.write(f"launcher: {signal_name(number)} received, {text}\n")
 
-    def _pass_signals_on(self) -> None:
-        """Send each rank the signals that it has not had; a rank may start after a signal came."""
-        if sum(self._told.values()) == self._num_ranks * len(self._asked):
-            return
-        for rank, record in self._records("started").items():
-            told = self._told.get(rank, 0)
-            for number in self._asked[told:]:
-                # A terminal that went away asks for the same as SIGTERM.
-                wanted = signal.SIGTERM if number == signal.SIGHUP else number
-                send(record["pid"], record["started"], wanted)
-            self._told[rank] = len(self._asked)
-
     def _is_over(self) -> bool:
-        """Whether there is no more reason to wait: a rank has failed some time ago, or the user insists."""
-        if self._asked.count(signal.SIGINT) >= KILLING_INTERRUPTS:
+        """Whether waiting has no more point: a rank has failed some time ago, or the user insists."""
+        if self.asked.count(signal.SIGINT) >= KILLING_INTERRUPTS:
             return True
         well = (0, PreemptedError.exit_code)
-        if self._failed_at is None and any(end.code not in well for end in self._ends()):
+        if self._failed_at is None and any(end.code not in well for end in read_ends(self._directory)):
             self._failed_at = time.monotonic()
         return self._failed_at is not None and time.monotonic() - self._failed_at > PEER_GRACE_S
-
-    def _kill_ranks(self) -> None:
-        for rank, record in self._records("started").items():
-            if send(record["child"], record["child_started"], signal.SIGKILL):
-                self._killed.add(rank)
-
-    def _ends(self) -> list[RankEnd]:
-        ends = []
-        for rank, end in self._records("ended").items():
-            killed = (int(signal.SIGKILL),) if rank in self._killed else ()
-            ends.append(RankEnd(rank, end["host"], end["code"], end["at"], (*end["sent"], *killed)))
-        return ends
-
-    def _records(self, kind: str) -> dict[int, dict[str, Any]]:
-        records = [json.loads(path.read_text()) for path in self._directory.glob(f"rank-*.{kind}.json")]
-        return {record["rank"]: record for record in records}
-
-
-@contextlib.contextmanager
-def watch_ranks(directory: Path, num_ranks: int) -> Iterator[RankWatch]:
-    """Hold signals back for the time of the job, and watch its ranks in `directory`."""
-    with signals_held() as held:
-        yield RankWatch(directory, num_ranks, held)

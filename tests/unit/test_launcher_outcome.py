@@ -51,7 +51,12 @@ def test_the_first_rank_that_ended_by_itself_decides(ends, code):
             "SIGTERM ended rank 0 on node0 before it could commit a checkpoint; "
             "start the job again to go on from its last checkpoint",
         ),
-        ([end(0, 0)], "rank 1 did not end by itself and had to be killed"),
+        ([end(0, 0)], "rank 1 left no record of its end, as if its host was lost"),
+        (
+            [end(0, -KILL, 9.0, (2, KILL))],
+            "rank 0 did not end by itself and had to be killed; "
+            "rank 1 left no record of its end, as if its host was lost",
+        ),
         (
             [end(0, -99)],
             "rank 0 on node0 was killed by signal 99; start the job again to go on from its last checkpoint",
@@ -65,4 +70,4 @@ def test_the_line_names_rank_host_and_cause(ends, line):
 
 
 def test_no_rank_at_all_is_a_lost_job():
-    assert job_outcome([], 2) == Outcome(76, "rank 0, 1 did not end by itself and had to be killed")
+    assert job_outcome([], 2) == Outcome(76, "rank 0, 1 left no record of its end, as if its host was lost")

@@ -43,6 +43,8 @@ def main():
         (options.directory / f"step-{rank}").write_text(f"{os.getpid()} {step}")
         if total[1] > 0:
             if rank == 0:
+                while not received:  # the other rank may have heard it first
+                    time.sleep(0.01)
                 time.sleep(options.commit_s)
                 (options.directory / "committed").write_text(" ".join(map(str, received)))
             return 75

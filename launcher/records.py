@@ -1,0 +1,31 @@
+"""What ranks leave behind for the launcher: small JSON files in a directory that both can see."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launcher.outcome import RankEnd
+
+
+def write_record(directory: str | Path, rank: int, event: str, fields: dict[str, Any]) -> None:
+    """Write one record; readers see it whole or not at all."""
+    path = Path(directory) / f"rank-{rank}.{event}.json"
+    hidden = path.with_suffix(".tmp")
+    hidden.write_text(json.dumps({"rank": rank, **fields}))
+    hidden.rename(path)
+
+
+def read_records(directory: Path, event: str) -> dict[int, dict[str, Any]]:
+    """Records of one kind, by rank."""
+    records = [json.loads(path.read_text()) for path in directory.glob(f"rank-*.{event}.json")]
+    return {record["rank"]: record for record in records}
+
+
+def read_ends(directory: Path) -> list[RankEnd]:
+    """How the ranks ended that have ended."""
+    return [
+        RankEnd(rank, end["host"], end["code"], end["at"], tuple(end["sent"]))
+        for rank, end in read_records(directory, "ended").items()
+    ]
