@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from albert.heads import (
     AlbertForQuestionAnswering,
     AlbertForSequenceClassification,
     AlbertForTokenClassification,
+    AlbertHead,
 )
 from albert.model_config import ModelConfig, model_config_bytes, read_model_config
 from albert.shards import sync_directory, write_file_durably
@@ -281,3 +282,32 @@ def _is_replaceable(directory: Path) -> bool:
         return False
     names = {path.name for path in directory.iterdir()}
     return not names or (CONFIG_NAME in names and "checkpoints" not in names)
+
+
+def build_model(config: ModelConfig, state_dict: Mapping[str, Tensor], where: str) -> AlbertHead:
+    """The model with the head that the tensors have, filled and in evaluation mode.
+
+    Raises:
+        DataError: there is no head or more than one, or a part of the model is missing.
+    """
+    heads = {_group(name) for name in state_dict} - {"albert", "pooler"}
+
+    def labels(head: str) -> int:
+        return len(state_dict[f"{head}.bias"])
+
+    makers: dict[str, Callable[[], AlbertHead]] = {
+        "predictions": lambda: AlbertForPreTraining(config),
+        "classifier": lambda: AlbertForSequenceClassification(config, labels("classifier")),
+        "token_classifier": lambda: AlbertForTokenClassification(config, labels("token_classifier")),
+        "span_classifier": lambda: AlbertForQuestionAnswering(config),
+        "choice_classifier": lambda: AlbertForMultipleChoice(config, 1),
+    }
+    chosen = [head for head in makers if head in heads]
+    if len(chosen) != 1:
+        raise DataError(
+            f"{where}: has {' and '.join(chosen) or 'no head'}; a model has one head of {', '.join(makers)}"
+        )
+    model = makers[chosen[0]]()
+    if fresh := load_weights(model, state_dict, where):
+        raise DataError(f"{where}: lacks {_listed(fresh)}; train those heads first")
+    return model.eval()

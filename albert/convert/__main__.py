@@ -1,0 +1,5 @@
+"""`python -m albert.convert`."""
+
+from albert.convert.cli import main
+
+main()
