@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from albert.model_config import MODEL_PRESETS, ModelConfig
 
-
 _FILE_BYTES_PER_TENSOR = 173
 """Name and bookkeeping of one tensor in a file of `torch.save`, its form before 1.6, measured."""
 
