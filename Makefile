@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setup: done; activate it with: . $(BIN)/activate"
 
 demo: setup  ## pretrain, resume, fine-tune and export a small ALBERT on this machine, with a report
-	@$(BIN)/python -m albert.demo
+	@$(BIN)/python -m launcher demo
 
 test: setup  ## run the tests; PYTEST_ARGS="-k NAME -x" passes options on
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -16,6 +16,7 @@ from albert.errors import ConfigError, MissingInputError, UnsafeError
 from launcher.cluster import ClusterConfig, is_word
 
 _BEGIN, _END = "# >>> settings", "# <<< settings"
+_LITERAL = "# shellcheck disable=SC2016,SC1003  # arguments are meant literally"
 _JOB_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 Options = dict[str, str | None]
 """Options of sbatch without their dashes; None for those without a value."""
@@ -58,25 +59,17 @@ def render(template: str, options: Options, settings: Sequence[str]) -> str:
         UnsafeError: an option is no plain word.
     """
     head, _, rest = template.partition(_BEGIN)
-    old_settings, _, body = rest.partition(_END)
-    del old_settings
     merged: Options = {**template_options(head), **options}
     for name, value in merged.items():
         if value is not None and value != "" and not is_word(value):
             raise UnsafeError(
                 f"--{name} {value!r}: only letters, digits and . _ : / , @ % + = [ ] - may stand here"
             )
-    lines = [
-        f"#SBATCH --{name}" + ("" if value is None else f"={value}")
-        for name, value in merged.items()
-        if value != ""
-    ]
+    given = {name: value for name, value in merged.items() if value != ""}
+    lines = [f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in given.items()]
     comments = [line for line in head.splitlines()[1:] if not line.startswith("#SBATCH")]
-    return (
-        "\n".join(["#!/bin/bash", *lines, *comments, *settings])
-        + body.partition("\n")[1]
-        + body.partition("\n")[2]
-    )
+    body = rest.partition(_END)[2].partition("\n")[2]
+    return "\n".join(["#!/bin/bash", *lines, _LITERAL, *comments, *settings, body])
 
 
 def template_options(text: str) -> Options:
@@ -125,8 +118,10 @@ def setting_lines(cluster: ClusterConfig, python: str, arguments: Sequence[str])
     if cluster.scratch is not None:
         variables["TMPDIR"] = cluster.scratch
     modules = [f"module load {quoted(name)}" for name in cluster.modules]
+    root = str(Path(__file__).resolve().parents[1])
     return [
         *modules,
+        f"export PYTHONPATH={quoted(root)}${{PYTHONPATH:+:$PYTHONPATH}}",
         *(f"export {name}={quoted(value)}" for name, value in variables.items()),
         f"python={quoted(python)}",
         f"arguments=({' '.join(quoted(word) for word in arguments)})",

@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from albert.config import load_run_config
-from albert.deepspeed_config import build_deepspeed_config
 from albert.errors import ConfigError, run_command
-from albert.shards import read_manifest
+from launcher.checks import check_num_ranks, check_pretrain
+from launcher.demo import add_demo_command
 from launcher.job import PROGRAMS, Job
 from launcher.local import plan_local, run_local
+from launcher.slurm_cli import add_slurm_command
 
 _EXAMPLES = """\
 examples:
@@ -29,7 +28,7 @@ start it again to go on. Exit codes: 0 done, 65 bad data, 66 missing input, 70 n
 75 stopped, 76 a rank was lost, 77 refused, 78 configuration.
 """
 
-_ABSENT = ("hosts", "slurm", "preflight", "plan")
+_ABSENT = ("hosts", "preflight", "plan")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     local.add_argument("--log-dir", help="directory for rank-N.log (default: all on the terminal)")
     _add_program(local)
     local.set_defaults(run=_run_local)
+    add_demo_command(places)
+    add_slurm_command(places)
     for name in _ABSENT:
         absent = places.add_parser(name, help="not available in this version", prefix_chars="\0")
         absent.add_argument("arguments", nargs="*")
@@ -77,8 +78,7 @@ def _run_absent(options: argparse.Namespace) -> int:
 
 def _run_local(options: argparse.Namespace) -> int:
     num_ranks = count_gpus(os.environ) or 1 if options.num_ranks is None else options.num_ranks
-    if num_ranks < 1:
-        raise ConfigError(f"-n: {num_ranks} ranks cannot run anything; give 1 or more")
+    check_num_ranks(num_ranks)
     arguments = tuple(options.arguments)
     if options.program == "pretrain":
         check_pretrain(arguments, num_ranks)
@@ -90,22 +90,6 @@ def _run_local(options: argparse.Namespace) -> int:
         print(run.describe())
         return 0
     return run_local(run)
-
-
-def check_pretrain(arguments: Sequence[str], num_ranks: int) -> None:
-    """Find mistakes in the configuration before any rank starts.
-
-    Raises:
-        ConfigError, MissingInputError: as `albert.pretrain` would, seconds later and on every rank.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    known, rest = parser.parse_known_args(list(arguments))
-    if known.config is None or any(word.startswith("-") for word in rest):
-        return  # --help, or something that only the program itself understands
-    config = load_run_config(known.config, rest)
-    build_deepspeed_config(config, num_ranks)
-    read_manifest(config.data.directory)
 
 
 def data_workers(arguments: tuple[str, ...], num_workers: int) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from albert.errors import ConfigError, MissingInputError
 from launcher import cli
+from launcher.checks import check_pretrain
 from launcher.job import Job, Rendezvous
 from launcher.local import LocalRun, free_port, plan_local
 from launcher.rank import rank_place
@@ -144,8 +145,9 @@ def test_visible_devices_give_the_number_of_ranks(visible, count):
 
 def test_a_missing_dataset_is_not_looked_for_on_every_rank():
     with pytest.raises(MissingInputError):
-        cli.check_pretrain(("--config", "demo", "data.directory=/nowhere"), 1)
-    cli.check_pretrain(("--help",), 1)
+        check_pretrain(("--config", "demo", "data.directory=/nowhere"), 1)
+    check_pretrain(("--config", "demo", "data.directory=/nowhere"), 1, with_data=False)
+    check_pretrain(("--help",), 1)
 
 
 def test_help_teaches_by_example():
