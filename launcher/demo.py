@@ -79,12 +79,12 @@ class StageError(AlbertError):
         self.exit_code = exit_code
 
 
-def add_demo_command(places: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def add_demo_command(places: argparse._SubParsersAction) -> None:
     """Register `demo` with the launcher's command line."""
     parser = places.add_parser(
         "demo",
         help="everything once on a small scale: text, tokenizer, shards, pretraining, fine-tuning, export, report",
-        epilog="examples:\n  python -m launcher demo\n  python -m launcher demo --corpus my_text.txt --output runs/mine",
+        epilog="examples:\n  python -m launcher demo\n  python -m launcher demo --corpus my.txt --output runs/mine",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -124,11 +124,11 @@ def run_demo(plan: DemoPlan) -> None:
     for number, stage in enumerate(stages, start=1):
         title = f"[{number}/{len(stages)}] {stage.headline}"
         if stage.name in done:
-            print(f"{title}: done before, {done[stage.name]:.0f} s", flush=True)
+            _say(f"{title}: done before in {done[stage.name]:.0f} s")
             continue
         done[stage.name] = _run_stage(plan, stage, title)
         _write_state(plan, done, is_finished=False)
-    print(write_report(plan.output, done, time.monotonic() - began_at), flush=True)
+    _say(write_report(plan.output, done, time.monotonic() - began_at))
     _write_state(plan, done, is_finished=True)
 
 
@@ -231,7 +231,7 @@ def _run_stage(plan: DemoPlan, stage: Stage, title: str) -> float:
     """Run one command; returns its seconds."""
     for name in stage.fresh:
         shutil.rmtree(plan.output / name, ignore_errors=True)
-    print(title, end="\n" if sys.stdout.isatty() else " ", flush=True)
+    _say(title)
     command = [sys.executable, "-m", *stage.arguments]
     log = plan.output / "logs" / f"{stage.name}.log"
     began_at = time.monotonic()
@@ -241,7 +241,7 @@ def _run_stage(plan: DemoPlan, stage: Stage, title: str) -> float:
         code = _run_logged(command, file, last_lines)
     seconds = time.monotonic() - began_at
     if code == stage.expected or (stage.expected and code == 0):
-        print(f"{' ' * 6}{seconds:.0f} s", flush=True)
+        _say(f"      {seconds:.0f} s")
         return seconds
     if code == _STOPPED:
         raise PreemptedError(
@@ -287,6 +287,11 @@ def _show_line(line: str) -> None:
         width = shutil.get_terminal_size().columns - 8
         sys.stdout.write(f"\r\x1b[K      {text[:width]}")
         sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def _python_path() -> str:

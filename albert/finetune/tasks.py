@@ -61,6 +61,19 @@ def _epochs(rate: float, batch: int, epochs: float, length: int = 128, source: s
     return Recipe(rate, batch, epochs=epochs, max_seq_length=length, source=source)
 
 
+def _demo_task() -> Task:
+    return Task(
+        "demo",
+        "classification",
+        "the demo's sentence pairs: does the second text continue the first",
+        "accuracy",
+        Recipe(1e-3, 64, epochs=3, max_seq_length=128, source="for the demo's small model"),
+        _row_files(),
+        columns=_PAIR,
+        labels=_BINARY,
+    )
+
+
 def _chinese_tasks() -> list[Task]:
     lcqmc = Recipe(1e-4, 64, epochs=5, source="brightmart README; base and larger: 1e-5 to 2e-5, 3 epochs")
     unpublished = Recipe(2e-5, 32, epochs=3)
@@ -324,7 +337,9 @@ def _reading_tasks() -> list[Task]:
     ]
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (*_chinese_tasks(), *_glue_tasks(), *_reading_tasks())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (_demo_task(), *_chinese_tasks(), *_glue_tasks(), *_reading_tasks())
+}
 
 
 def find_task(name: str) -> Task:
