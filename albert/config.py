@@ -10,13 +10,21 @@ import difflib
 import importlib.resources
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from albert.errors import ConfigError, MissingInputError
 from albert.model_config import MODEL_PRESETS, ModelConfig, read_model_config
+
+
+def _yaml_switch(value: Any) -> Any:
+    """YAML reads a bare `on` or `off` as a boolean."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_yaml_switch)]
 
 
 class _Section(BaseModel):
@@ -60,7 +68,7 @@ class TrainConfig(_Section):
     """auto takes CUDA where there is one."""
     activation_checkpointing: bool = False
     """Recompute every layer in the backward pass: 25 % slower, far less memory."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Switch = "auto"
     """torch.compile of the shared layer; auto compiles on CUDA only."""
     max_nonfinite_steps: int = Field(default=3, ge=1)
     """Stop with exit code 70 after this many steps in a row with a NaN or infinite loss or gradient."""
@@ -132,7 +140,7 @@ class LogConfig(_Section):
     interval_steps: int = Field(default=10, ge=1)
     tensorboard: bool = True
     """Write TensorBoard event files beside the JSON lines."""
-    progress: Literal["auto", "on", "off"] = "auto"
+    progress: Switch = "auto"
     """Progress bar on rank 0; auto shows it on a terminal and prints lines elsewhere."""
 
 
