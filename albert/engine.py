@@ -6,6 +6,8 @@ DeepSpeed is pinned and tests/multiprocess/test_engine.py guards them.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from albert.config import OptimizerConfig
 from albert.deepspeed_config import zero_stage
 from albert.distributed import World, apply_timeout_to_all_groups, group_rank_and_size
+from albert.errors import ConfigError
 from albert.optim.lamb import STATE_KEYS, build_optimizer
 
 deepspeed_logger.setLevel(logging.ERROR)
@@ -69,14 +73,19 @@ class Engine:
             deepspeed_config: complete dictionary of `albert.deepspeed_config`.
             world: of `albert.distributed.init_world`.
             timeout_s: longest time that a collective may take.
+
+        Raises:
+            ConfigError: the device does not compute in the precision that was asked for.
         """
         self.stage = zero_stage(deepspeed_config)
         self.device = world.device
         self._world = world
         self.optimizer = build_optimizer(model, optimizer)
-        self._engine, *_ = deepspeed.initialize(
-            model=model.to(world.device), optimizer=self.optimizer, config=deepspeed_config
-        )
+        _check_precision(deepspeed_config)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables
+            self._engine, *_ = deepspeed.initialize(
+                model=model.to(world.device), optimizer=self.optimizer, config=deepspeed_config
+            )
         self._zero = self._engine.optimizer if self.stage else None
         self._bind_optimizer()
         if self.loss_scaler_state():
@@ -141,10 +150,13 @@ class Engine:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
         applied = norm < float("inf")
+        groups = self.optimizer.param_groups
         if not applied:
-            # The optimizer leaves parameters without a gradient alone.
-            self.model.zero_grad(set_to_none=True)
+            # A step over no groups: DeepSpeed's counters move, weights and moments do not.
+            self.model.zero_grad(set_to_none=False)
+            self.optimizer.param_groups = []
         self._engine.step()
+        self.optimizer.param_groups = groups
         return StepResult(applied, norm)
 
     def _bind_optimizer(self) -> None:
@@ -167,6 +179,13 @@ class Engine:
             name: getattr(parameter, "ds_shape", parameter.shape)
             for name, parameter in self.model.named_parameters()
         }
+
+    @contextlib.contextmanager
+    def full_weights(self) -> Iterator[nn.Module]:
+        """The model with whole weights in the precision it computes with, for reading. Collective under ZeRO-3."""
+        parameters = list(self.model.parameters()) if self.stage == 3 else []
+        with deepspeed.zero.GatheredParameters(parameters):
+            yield self.model
 
     def gather_state(self) -> Iterator[tuple[str, str, Tensor]]:
         """Full fp32 state of every parameter: (part of STATE_PARTS, name, tensor on the CPU). Collective."""
@@ -259,3 +278,14 @@ class Engine:
 
 
 _LOSS_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _check_precision(deepspeed_config: dict[str, Any]) -> None:
+    accelerator = get_accelerator()
+    supported = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
+    for precision, is_supported in supported.items():
+        if deepspeed_config[precision]["enabled"] and not is_supported():
+            raise ConfigError(
+                f"train.precision ({precision}): this {accelerator.device_name()} does not compute in it; "
+                f"use {'bf16 or ' if precision == 'fp16' else ''}fp32"
+            )

@@ -39,6 +39,19 @@ class BatchCounts:
     stop_requests: float
 
 
+def count_batch(micro_batches: list[PretrainBatch], *, stop_requested: bool) -> BatchCounts:
+    """Count on the host and sum over the ranks; also how the ranks agree to stop. Collective."""
+    local = torch.zeros(6, dtype=torch.float64)
+    for batch in micro_batches:
+        lengths = batch.sequences.lengths
+        orders = int((batch.sentence_order_labels != NO_SENTENCE_ORDER).sum())
+        squares = sum(length * length for length in lengths)
+        preds = batch.masked_lm_labels.numel()
+        local += torch.tensor([preds, orders, sum(lengths), squares, len(lengths), 0], dtype=torch.float64)
+    local[5] = float(stop_requested)
+    return BatchCounts(*sum_over_ranks(local).tolist())
+
+
 @dataclass
 class _Interval:
     """What has been summed up since the last line of metrics."""
@@ -121,7 +134,7 @@ class Trainer:
     def train_step(self, micro_batches: list[PretrainBatch]) -> bool:
         """One optimizer step; returns whether any rank was asked to stop."""
         train = self.config.train
-        counts = self._count(micro_batches)
+        counts = count_batch(micro_batches, stop_requested=self.stop.is_set)
         is_logging = (self.step + 1) % self.config.log.interval_steps == 0 or self.step + 1 == train.num_steps
         rate = learning_rate(
             self.config.schedule, self.config.optimizer.learning_rate, train.num_steps, self.step
@@ -144,20 +157,6 @@ class Trainer:
         if self.monitor:
             self.monitor.advance(self.step)
         return counts.stop_requests > 0
-
-    def _count(self, micro_batches: list[PretrainBatch]) -> BatchCounts:
-        """Count on the host and sum over the ranks; also how the ranks agree to stop."""
-        local = torch.zeros(6, dtype=torch.float64)
-        for batch in micro_batches:
-            lengths = batch.sequences.lengths
-            orders = int((batch.sentence_order_labels != NO_SENTENCE_ORDER).sum())
-            squares = sum(length * length for length in lengths)
-            preds = batch.masked_lm_labels.numel()
-            local += torch.tensor(
-                [preds, orders, sum(lengths), squares, len(lengths), 0], dtype=torch.float64
-            )
-        local[5] = float(self.stop.is_set)
-        return BatchCounts(*sum_over_ranks(local).tolist())
 
     def _seed_dropout(self, micro_batch: int) -> None:
         """Dropout is a function of (seed, step, rank, micro-batch), so there is no generator state to save."""

@@ -1,0 +1,95 @@
+"""The order of examples: once per epoch, the same for every division, resumable anywhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from albert.errors import ConfigError
+from albert.sample_order import SampleOrder, choose_num_lanes, rank_positions
+
+SIZES = [7, 5, 7, 7, 3, 7, 7, 1, 7, 7, 7, 2, 7]
+
+
+def make(
+    num_lanes: int = 4, window_blocks: int = 2, seed: int = 3, sizes: list[int] | None = None
+) -> SampleOrder:
+    return SampleOrder(sizes or SIZES, seed=seed, num_lanes=num_lanes, window_blocks=window_blocks)
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2, 4, 6, 13])
+@pytest.mark.parametrize("window_blocks", [1, 2, 100])
+def test_every_lane_sees_every_example_of_an_epoch_once(num_lanes, window_blocks):
+    order = make(num_lanes, window_blocks)
+    everything = Counter((block, row) for block, size in enumerate(SIZES) for row in range(size))
+    for epoch in range(3):
+        seen: Counter[tuple[int, int]] = Counter()
+        for lane in range(num_lanes):
+            order.locate(lane + num_lanes * 200)  # epochs far ahead must not disturb what follows
+            first, last = (int(order._epoch_starts[epoch + i][lane]) for i in (0, 1))
+            seen.update(order.locate(lane + num_lanes * index) for index in range(first, last))
+        assert seen == everything
+
+
+def test_order_is_a_function_of_seed_and_position_alone():
+    positions = [int(k) for k in np.random.default_rng(0).permutation(3000)]
+    forward = make()
+    scattered = {k: forward.locate(k) for k in positions}
+    assert [make().locate(k) for k in (2999, 5, 1717)] == [scattered[k] for k in (2999, 5, 1717)]
+    assert scattered != {k: make(seed=4).locate(k) for k in positions}
+
+
+def test_consecutive_epochs_of_a_lane_differ():
+    order = make(num_lanes=1)
+    size = sum(SIZES)
+    assert [order.locate(k) for k in range(size)] != [order.locate(k + size) for k in range(size)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12])
+@pytest.mark.parametrize("start", [0, 48, 53])
+def test_ranks_share_a_step_without_gap_or_overlap(world_size, start):
+    parts = [rank_positions(start, 48, rank, world_size) for rank in range(world_size)]
+    assert sorted(k for part in parts for k in part) == list(range(start, start + 48))
+    assert {len(part) for part in parts} == {48 // world_size}
+    assert all(k % world_size == rank for rank, part in enumerate(parts) for k in part)
+
+
+def test_a_rank_reads_only_its_own_lanes_when_the_world_divides_them():
+    order = make(num_lanes=6)
+    blocks_of_lane = [set(order._lane_blocks(0, lane).tolist()) for lane in range(6)]
+    for rank in range(3):
+        own = set().union(*(blocks_of_lane[lane] for lane in range(rank, 6, 3)))
+        first_epoch = range(rank, 6 * 8, 3)
+        assert {order.locate(k)[0] for k in first_epoch} <= own
+
+
+def test_thousand_schedules_of_kills_and_resizes_lose_and_repeat_nothing():
+    """Stops at random steps, lost work since the last commit, other world sizes and batch divisions."""
+    generator = np.random.default_rng(1)
+    total, batch = 40, 24
+    order = make(num_lanes=12)
+    expected = [order.locate(k) for k in range(total * batch)]
+    for _ in range(1000):
+        done: dict[int, tuple[int, int]] = {}
+        step = 0
+        while step < total:
+            world_size = int(generator.choice([1, 2, 3, 4, 6, 8]))
+            reached = min(total, step + int(generator.integers(1, 15)))
+            for at in range(step, reached):
+                for rank in range(world_size):
+                    done |= {k: order.locate(k) for k in rank_positions(at * batch, batch, rank, world_size)}
+            step = reached if reached == total else int(generator.integers(step, reached + 1))
+        assert [done[k] for k in range(total * batch)] == expected
+
+
+def test_lanes_are_chosen_from_the_number_of_blocks():
+    assert [choose_num_lanes(n) for n in (1, 15, 31, 32, 500, 27000, 10**6)] == [1, 1, 1, 2, 24, 960, 960]
+
+
+def test_impossible_orders_are_refused():
+    with pytest.raises(ConfigError, match=r"data.num_lanes \(14\) is more than the dataset's 13 blocks"):
+        make(num_lanes=14)
+    with pytest.raises(ConfigError, match="train split holds no examples"):
+        SampleOrder([], seed=0, num_lanes=1, window_blocks=1)
