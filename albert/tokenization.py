@@ -10,11 +10,12 @@ WordPiece gives the ids of Hugging Face's BertTokenizer. Text never yields a spe
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,10 @@ _SPECIAL_PIECES = {
 }
 _CASED_SHARE = 0.01
 """A vocabulary with more upper-case pieces than this is cased; BERT's uncased ones hold a handful, like <S>."""
+
+
+_FLAT_BATCH = 8000
+"""Texts that are encoded at once on the way to a flat array: few enough for the cache."""
 
 
 class Tokenizer(ABC):
@@ -71,10 +76,19 @@ class Tokenizer(ABC):
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int32]]:
         """Ids of all texts in one array, [tokens] uint16 (uint32 for a large vocabulary), and lengths [texts]."""
-        ids = self.encode_batch(texts)
-        lengths = np.fromiter(map(len, ids), np.int32, len(ids))
-        total = int(lengths.sum(dtype=np.int64))
-        return np.fromiter(chain.from_iterable(ids), ids_dtype(self.vocab_size), total), lengths
+        dtype = ids_dtype(self.vocab_size)
+        # Millions of lists would make the collector look for cycles again and again; there are none.
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            parts = [
+                _flatten(self.encode_batch(texts[start : start + _FLAT_BATCH]), dtype)
+                for start in range(0, len(texts), _FLAT_BATCH)
+            ] or [_flatten([], dtype)]
+        finally:
+            if was_enabled:
+                gc.enable()
+        return np.concatenate([ids for ids, _ in parts]), np.concatenate([lengths for _, lengths in parts])
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The piece of every id.
@@ -99,6 +113,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def ordinary_ids(self) -> NDArray[np.int64]:
         """Ids that text can yield, ascending: what a random replacement is drawn from."""
+
+
+def _flatten(ids: list[list[int]], dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[np.int32]]:
+    lengths = np.fromiter(map(len, ids), np.int32, len(ids))
+    return np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum(dtype=np.int64))), lengths
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -265,18 +284,40 @@ def find_tokenizer_file(path: Path) -> Path:
 
 
 def normalise_texts(texts: Sequence[str], lower_case: bool, strip_accents: bool) -> list[str]:
-    """ALBERT's normalisation: TeX quotes, NFKD without accents, lower case. One pass over all texts together."""
+    """ALBERT's normalisation: TeX quotes, NFKD without accents, lower case.
+
+    Texts are joined, so that every step is one call; ASCII and other texts apart, since ASCII is much faster.
+    """
+    ascii_texts = [text for text in texts if text.isascii()]
+    done = iter(_normalise_joined(ascii_texts, lower_case, strip_accents=False))
+    if len(ascii_texts) == len(texts):
+        return list(done)
+    others = [text for text in texts if not text.isascii()]
+    others_done = iter(_normalise_joined(others, lower_case, strip_accents))
+    return [next(done) if text.isascii() else next(others_done) for text in texts]
+
+
+def _normalise_joined(texts: Sequence[str], lower_case: bool, strip_accents: bool) -> list[str]:
     joined = "\n".join(texts)
     if joined.count("\n") != max(len(texts) - 1, 0):  # a line break inside a text; SentencePiece sees a space
         joined = "\n".join(text.replace("\n", " ") for text in texts)
     joined = joined.replace("``", '"').replace("''", '"')
-    if strip_accents and not joined.isascii():
-        joined = unicodedata.normalize("NFKD", joined)
-        joined = _COMBINING.sub("", joined)
+    if strip_accents:
+        joined = _strip_accents(joined)
     if lower_case:
         # Python lowers a final sigma by its context, ALBERT's tokenizers letter by letter.
-        joined = joined.replace("\u03a3", "\u03c3").lower()
+        joined = (joined if joined.isascii() else joined.replace("\u03a3", "\u03c3")).lower()
     return joined.split("\n") if texts else []
+
+
+def _strip_accents(text: str) -> str:
+    """NFKD without combining characters (`unicodedata.combining`, as Google's code)."""
+    text = unicodedata.normalize("NFKD", text)
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    accents = _COMBINING[np.minimum(codes, len(_COMBINING) - 1)]
+    if not accents.any():
+        return text
+    return codes[~accents].tobytes().decode("utf-32-le", "surrogatepass")
 
 
 def _is_cased(pieces: Sequence[str]) -> bool:
@@ -285,7 +326,7 @@ def _is_cased(pieces: Sequence[str]) -> bool:
 
 
 def _has_accents(piece: str) -> bool:
-    return bool(_COMBINING.search(unicodedata.normalize("NFKD", piece)))
+    return any(unicodedata.combining(char) for char in unicodedata.normalize("NFKD", piece))
 
 
 def _is_bracketed(piece: str) -> bool:
@@ -299,18 +340,6 @@ def _stands_alone(piece: str) -> bool:
     return all(unicodedata.category(char)[0] in "PS" for char in piece)
 
 
-_LAST_COMBINING = 0x1FFFF
-"""No combining character lies in a higher plane."""
-
-
-def _characters(belongs: Callable[[str], int]) -> str:
-    """A regular-expression character class body of all code points for which `belongs(char)` holds."""
-    codes = np.array([i for i in range(_LAST_COMBINING + 1) if belongs(chr(i))])
-    ends = np.flatnonzero(np.diff(codes, append=codes[-1] + 2) > 1)
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    return "".join(f"\\U{codes[a]:08x}-\\U{codes[b]:08x}" for a, b in zip(starts, ends, strict=True))
-
-
 _NO_SPACES = (
     "\u3040-\u30ff\u31f0-\u31ff"  # kana
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
@@ -319,4 +348,5 @@ _NO_SPACES = (
 """Scripts that are written without spaces, as a character class: each of their pieces begins a word."""
 
 _NO_SPACES_START = re.compile(f"[{_NO_SPACES}]")
-_COMBINING = re.compile(f"[{_characters(unicodedata.combining)}]+")
+_COMBINING = np.array([unicodedata.combining(chr(code)) > 0 for code in range(0x20000)])
+"""[code points] combining characters; no higher plane has any, and the last entry stands for all of them"""

@@ -9,18 +9,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+import numpy as np
+
 MAX_LINE_CHARACTERS = 20_000
 """Longer lines are cut at a space, or anywhere where there is none."""
 MAX_INVALID_SHARE = 0.01
 """A document with more undecodable characters than this is rejected."""
 
 _CONTROL_BYTES = bytes([*range(9), *range(11, 32), 127])
-# Prefixes of C1 controls, U+2000..U+20FF, U+FEFF and U+FFFC..U+FFFF in UTF-8: no hit means no such character.
-_SUSPECT_SEQUENCES = tuple(
-    [b"\xc2" + bytes([i]) for i in range(0x80, 0xA0)]
-    + [b"\xe2\x80" + bytes([i]) for i in (0x8B, 0x8E, 0x8F, *range(0xA8, 0xAF))]
-    + [b"\xe2\x81" + bytes([i]) for i in range(0xA0, 0xB0)]
-    + [b"\xef\xbb\xbf", b"\xef\xbf\xbc", b"\xef\xbf\xbd", b"\xef\xbf\xbe", b"\xef\xbf\xbf"]
+# UTF-8 of C1 controls, U+200B..U+206F as far as they are removed, U+FEFF and U+FFFC..U+FFFF, as 24-bit numbers; of
+# C1 controls, which have two bytes, the third is cleared.
+_LEAD_BYTES = (0xC2, 0xE2, 0xEF)
+_SUSPECT_SEQUENCES = np.array(
+    [0xC28000 + (i << 8) for i in range(0x20)]
+    + [0xE28000 + i for i in (0x8B, 0x8E, 0x8F, *range(0xA8, 0xAF))]
+    + [0xE28100 + i for i in range(0xA0, 0xB0)]
+    + [0xEFBBBF, 0xEFBFBC, 0xEFBFBD, 0xEFBFBE, 0xEFBFBF]
 )
 _LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 # Controls, zero-width and direction marks, byte order marks, replacement and non-characters, lone surrogates.
@@ -45,11 +49,22 @@ def is_suspect(data: bytes) -> bool:
     """Whether bytes may hold anything that `clean_text` would change; False is certain."""
     if len(data.translate(None, _CONTROL_BYTES)) != len(data):
         return True
-    return not data.isascii() and any(sequence in data for sequence in _SUSPECT_SEQUENCES)
+    if data.isascii():
+        return False
+    codes = np.frombuffer(data + bytes(2), np.uint8)
+    lead = codes == _LEAD_BYTES[0]
+    for byte in _LEAD_BYTES[1:]:
+        lead |= codes == byte
+    at = np.flatnonzero(lead)
+    first = codes[at].astype(np.int64)
+    sequences = (
+        (first << 16) | (codes[at + 1].astype(np.int64) << 8) | np.where(first == 0xC2, 0, codes[at + 2])
+    )
+    return bool(np.isin(sequences, _SUSPECT_SEQUENCES).any())
 
 
 def clean_text(text: str, counts: Counter[str]) -> str:
-    """Text with `\\n` as its only line end and without control characters; counts what it changed."""
+    """Text with a line feed as its only line end and without control characters; counts what it changed."""
     text, line_ends = _LINE_ENDS.subn("\n", text)
     text, removed = _REMOVED.subn("", text)
     counts["line_ends_normalised"] += line_ends

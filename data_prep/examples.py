@@ -54,16 +54,26 @@ class ExampleMaker:
         )
 
     def make_blocks(
-        self, documents: TokenizedDocuments, coordinates: tuple[int, ...], counts: Counter[str]
+        self,
+        documents: TokenizedDocuments,
+        coordinates: tuple[int, ...],
+        copies: range,
+        counts: Counter[str],
     ) -> Iterator[Block]:
-        """One pass of examples over documents; `coordinates` say which, and seed all randomness."""
-        rng = np.random.default_rng([self.seed, *coordinates])
-        pairs = make_pairs(documents, self.clause_ends, self.pairs, rng)
-        pairs = pairs.reorder(rng.permutation(pairs.num_examples))
+        """Passes of examples over documents, one for each of `copies`, masked together.
+
+        Coordinates and copy seed all randomness, so that a copy is the same whichever it is made with.
+        """
+        passes, keys = [], []
+        for copy in copies:
+            rng = np.random.default_rng([self.seed, *coordinates, copy])
+            pairs = make_pairs(documents, self.clause_ends, self.pairs, rng)
+            passes.append(pairs.reorder(rng.permutation(pairs.num_examples)))
+            keys.append(example_keys(self.seed, *coordinates, copy, np.arange(pairs.num_examples)))
+        pairs = Pairs.concatenate(passes)
         ids, lengths, a_lengths = assemble(documents.ids, pairs, self.cls_id, self.sep_id)
         starts = self._starts(documents, pairs, ids, lengths, a_lengths)
-        keys = example_keys(self.seed, *coordinates, np.arange(len(lengths)))
-        masked = mask_examples(ids, lengths, a_lengths, starts, keys, self.masks)
+        masked = mask_examples(ids, lengths, a_lengths, starts, np.concatenate(keys), self.masks)
         for n, drawn in enumerate(masked.drawn_ngrams.tolist(), 1):
             counts[f"drawn_ngrams.{n}"] += drawn
         counts["cut_ngrams"] += masked.cut_ngrams

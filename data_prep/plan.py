@@ -19,7 +19,7 @@ from data_prep.corpus import COMPRESSED_SUFFIXES, detect_format, read_head
 from data_prep.settings import BuildSettings
 
 MAX_TASK_BYTES = 64 << 20
-MIN_TASK_BYTES = 1 << 20
+MIN_TASK_BYTES = 1 << 19
 _TASKS_WANTED = 32
 _SEARCH_BYTES = 4 << 20
 """How far a task border looks for the end of a document before it takes the end of a line."""
@@ -108,7 +108,7 @@ def plan_tasks(sources: Sequence[Source], settings: BuildSettings) -> tuple[Task
     """Cut the inputs into tasks of roughly equal work, in input order."""
     total = sum(source.bytes for source in sources)
     size = min(max(total // _TASKS_WANTED, MIN_TASK_BYTES), MAX_TASK_BYTES)
-    size = max(size // settings.dupe_factor, MIN_TASK_BYTES // 4)
+    size = max(size // settings.dupe_factor, MIN_TASK_BYTES)
     tasks: list[Task] = []
     pending: list[Part] = []
     for source in sources:

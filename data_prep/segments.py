@@ -9,6 +9,7 @@ never becomes a copied or mislabelled pair, as it does in Google's and albert_py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -56,6 +57,12 @@ class Pairs:
     def num_examples(self) -> int:
         """Examples in the batch."""
         return len(self.labels)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Pairs]) -> Pairs:
+        """The examples of several passes, one after the other."""
+        names = [column.name for column in fields(Pairs)]
+        return Pairs(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     def reorder(self, order: NDArray[np.int64]) -> Pairs:
         """The same examples in another order."""

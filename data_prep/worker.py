@@ -161,10 +161,14 @@ class Worker:
         """Examples of everything in a pool, once for each copy."""
         if not pool.tokens:
             return
+        # Few tokens: several copies at once, since numpy wants long arrays.
+        together = max(1, POOL_TOKENS // pool.tokens)
         documents = pool.take()
-        for copy in range(self.job.settings.dupe_factor):
-            coordinates = (SPLITS.index(split), task.index, pool.flushes, copy)
-            yield from self.maker.make_blocks(documents, coordinates, counts)
+        num_copies = self.job.settings.dupe_factor
+        for first in range(0, num_copies, together):
+            copies = range(first, min(first + together, num_copies))
+            coordinates = (SPLITS.index(split), task.index, pool.flushes)
+            yield from self.maker.make_blocks(documents, coordinates, copies, counts)
 
     def _write(
         self, split: str, task: Task, blocks: Iterator[Block], counts: Counter[str]
