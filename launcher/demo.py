@@ -183,7 +183,7 @@ def demo_stages(plan: DemoPlan) -> list[Stage]:
         Stage(
             "export",
             "export to a Hugging Face directory",
-            ("albert.convert", "to-hf", str(out / "pretrain/model"), str(out / "huggingface")),
+            ("albert.convert", "to-hf", str(out / "pretrain/model"), "--output", str(out / "huggingface")),
             ("huggingface",),
         ),
     ]  # fmt: skip
