@@ -304,9 +304,8 @@ def build_model(config: ModelConfig, state_dict: Mapping[str, Tensor], where: st
     }
     chosen = [head for head in makers if head in heads]
     if len(chosen) != 1:
-        raise DataError(
-            f"{where}: has {' and '.join(chosen) or 'no head'}; a model has one head of {', '.join(makers)}"
-        )
+        found = " and ".join(chosen) or "no head"
+        raise DataError(f"{where}: has {found}; exactly one is needed of {', '.join(makers)}")
     model = makers[chosen[0]]()
     if fresh := load_weights(model, state_dict, where):
         raise DataError(f"{where}: lacks {_listed(fresh)}; train those heads first")
