@@ -55,7 +55,6 @@ class TrainingState(BaseModel):
     optimizer_steps: int
     """Steps that the moments have seen."""
     loss_scaler: dict[str, float]
-    best_metrics: dict[str, float] = {}
     run_config: dict[str, Any]
     dataset_sha256: str
     tokenizer_sha256: str
@@ -69,6 +68,13 @@ class CheckpointManifest(BaseModel):
     format_version: int
     state: TrainingState
     files: dict[str, FileEntry]
+    sha256: str = ""
+    """Of this manifest with this field empty, so that a flipped bit in it is noticed too."""
+
+    def content_sha256(self) -> str:
+        """What `sha256` has to be."""
+        content = self.model_copy(update={"sha256": ""}).model_dump(mode="json")
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def step_directory(directory: Path, step: int) -> Path:
@@ -197,6 +203,7 @@ def _commit(
         sha256 = write_file_durably(temporary / name, [data])
         files[name] = FileEntry(bytes=len(data), sha256=sha256)
     manifest = CheckpointManifest(format_version=FORMAT_VERSION, state=state, files=files)
+    manifest = manifest.model_copy(update={"sha256": manifest.content_sha256()})
     write_file_durably(temporary / MANIFEST_NAME, [manifest.model_dump_json(indent=1).encode()])
     if final.exists():
         # Only after a resume from an older step: the new checkpoint replaces one that did not verify.
@@ -252,7 +259,7 @@ def read_manifest(directory: Path) -> CheckpointManifest:
             raise DataError(
                 f"{path}: checkpoint format {raw['format_version']}, this program reads {FORMAT_VERSION}"
             )
-        return CheckpointManifest.model_validate(raw)
+        manifest = CheckpointManifest.model_validate(raw)
     except FileNotFoundError:
         raise MissingInputError(
             f"{directory}: no {MANIFEST_NAME}; this is not a committed checkpoint"
@@ -261,6 +268,9 @@ def read_manifest(directory: Path) -> CheckpointManifest:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: damaged manifest ({str(error).splitlines()[0]})") from error
+    if manifest.sha256 != manifest.content_sha256():
+        raise DataError(f"{path}: damaged manifest (its own SHA-256 differs)")
+    return manifest
 
 
 def _read_verified(path: Path, entry: FileEntry) -> bytes:

@@ -1,0 +1,68 @@
+"""Known errors end with one line and their own exit code; defects keep their traceback."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from albert import errors
+
+CODES = {
+    errors.DataError: 65,
+    errors.MissingInputError: 66,
+    errors.NonFiniteError: 70,
+    errors.DiskError: 74,
+    errors.PreemptedError: 75,
+    errors.PeerLostError: 76,
+    errors.UnsafeError: 77,
+    errors.ConfigError: 78,
+}
+
+
+@pytest.mark.parametrize(("kind", "code"), CODES.items())
+def test_codes_and_lines(kind, code, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+
+    def fail() -> None:
+        raise kind("a.yaml: x (3) must be 4")
+
+    assert errors.run_command(fail) == code
+    prefix = "stopped" if code == 75 else "error"
+    assert capsys.readouterr().err == f"{prefix}: a.yaml: x (3) must be 4\n"
+
+
+def test_other_ranks_say_who_they_are(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+
+    def fail() -> None:
+        raise errors.DataError("bad")
+
+    assert errors.run_command(fail) == 65
+    assert capsys.readouterr().err == "[rank 3] error: bad\n"
+
+
+def test_a_full_disk_anywhere_is_74(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/x")
+
+    assert errors.run_command(fail) == 74
+    assert "/data/x: No space left on device" in capsys.readouterr().err
+
+
+def test_success_and_defects():
+    assert errors.run_command(lambda: None) == 0
+
+    def defect() -> None:
+        raise KeyError("unexpected")
+
+    with pytest.raises(KeyError):
+        errors.run_command(defect)
+
+    def other_io() -> None:
+        raise PermissionError(errno.EACCES, "denied")
+
+    with pytest.raises(PermissionError):
+        errors.run_command(other_io)

@@ -1,0 +1,142 @@
+"""Batches hold exactly the examples that the shards hold, packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from albert.config import DataConfig
+from albert.errors import ConfigError, DataError
+from albert.loader import BatchPlan, ExampleSource, TrainLoader, check_dataset
+from albert.shards import Manifest, ShardReader, read_manifest
+from tests.synthetic import MAX_LENGTH, VOCAB_SIZE, make_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("loader") / "shards"
+    make_dataset(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def manifest(dataset: Path) -> Manifest:
+    return read_manifest(dataset)
+
+
+def examples_of(batch) -> list[tuple]:
+    """Each example of a packed batch as plain values."""
+    found, preds = [], 0
+    for index, length in enumerate(batch.sequences.lengths):
+        start = int(batch.sequences.cu_seqlens[index])
+        inside = slice(start, start + length)
+        own = (batch.masked_lm_indices >= start) & (batch.masked_lm_indices < start + length)
+        preds += int(own.sum())
+        found.append(
+            (
+                tuple(batch.sequences.input_ids[inside].tolist()),
+                tuple(batch.sequences.token_type_ids[inside].tolist()),
+                tuple((batch.masked_lm_indices[own] - start).tolist()),
+                tuple(batch.masked_lm_labels[own].tolist()),
+                int(batch.sentence_order_labels[index]),
+            )
+        )
+        assert batch.sequences.position_ids[inside].tolist() == list(range(length))
+    assert preds == len(batch.masked_lm_labels)
+    return found
+
+
+def expected_examples(dataset: Path, manifest: Manifest, split: str) -> list[tuple]:
+    reader = ShardReader(dataset, manifest.split(split), VOCAB_SIZE)
+    found = []
+    for shard_index, shard in enumerate(manifest.split(split)):
+        for block_index in range(len(shard.blocks)):
+            block = reader.read_block(shard_index, block_index)
+            tokens = np.split(block.input_ids, np.cumsum(block.lengths)[:-1])
+            positions = np.split(block.masked_lm_positions, np.cumsum(block.num_masked)[:-1])
+            labels = np.split(block.masked_lm_labels, np.cumsum(block.num_masked)[:-1])
+            for row, ids in enumerate(tokens):
+                a_length = int(block.segment_a_lengths[row])
+                types = (0,) * a_length + (1,) * (len(ids) - a_length)
+                found.append(
+                    (
+                        tuple(ids.tolist()),
+                        types,
+                        tuple(positions[row].tolist()),
+                        tuple(labels[row].tolist()),
+                        int(block.sentence_order_labels[row]),
+                    )
+                )
+    return found
+
+
+def test_source_returns_what_the_shards_hold(dataset, manifest):
+    for split in ("train", "eval"):
+        source = ExampleSource(str(dataset), manifest, split, cached_blocks=2)
+        places = source.places(10**9)
+        assert len(places) == source.num_examples
+        assert examples_of(source.batch(places)) == expected_examples(dataset, manifest, split)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_one_epoch_is_every_example_once(dataset, manifest, num_workers):
+    total = sum(shard.examples for shard in manifest.split("train"))
+    batch_size = 6
+    num_steps = total // batch_size + 1
+    plan = BatchPlan(batch_size, 3, rank=0, world_size=1, num_steps=num_steps)
+    config = DataConfig(directory=str(dataset), num_workers=num_workers, num_lanes=1)
+    seen = [
+        example
+        for micro_batches in TrainLoader(config, manifest, plan, seed=5).steps(0, 0)
+        for batch in micro_batches
+        for example in examples_of(batch)
+    ]
+    assert sorted(seen[:total]) == sorted(expected_examples(dataset, manifest, "train"))
+
+
+def test_steps_are_the_same_for_every_division_and_resume(dataset, manifest):
+    def step_sets(world_size: int, micro: int, first_step: int = 0) -> list[list[tuple]]:
+        steps: list[list[tuple]] = [[] for _ in range(8 - first_step)]
+        for rank in range(world_size):
+            plan = BatchPlan(12, micro, rank, world_size, num_steps=8)
+            loader = TrainLoader(DataConfig(directory=str(dataset), num_workers=0), manifest, plan, seed=5)
+            for index, micro_batches in enumerate(loader.steps(first_step, first_step * 12)):
+                assert len(micro_batches) == plan.accumulation_steps
+                steps[index] += [example for batch in micro_batches for example in examples_of(batch)]
+        return [sorted(step) for step in steps]
+
+    reference = step_sets(1, 12)
+    for world_size, micro in ((1, 3), (2, 6), (3, 2), (4, 1), (6, 2), (12, 1)):
+        assert step_sets(world_size, micro) == reference
+    assert step_sets(2, 3, first_step=5) == reference[5:]
+
+
+def test_a_damaged_block_stops_the_run_and_is_named(dataset, manifest, tmp_path):
+    copy = tmp_path / "copy"
+    make_dataset(copy)
+    shard = copy / "train-00001.tar"
+    data = bytearray(shard.read_bytes())
+    data[manifest.shards[1].blocks[1].offset + 700] ^= 4
+    shard.write_bytes(data)
+    source = ExampleSource(str(copy), read_manifest(copy), "train", cached_blocks=2)
+    with pytest.raises(DataError, match=r"train-00001.tar: block 1: checksum mismatch"):
+        source.batch(source.places(10**9))
+
+
+def test_a_dataset_that_does_not_fit_the_model_is_refused(manifest):
+    check_dataset(manifest, VOCAB_SIZE, MAX_LENGTH, "shards")
+    with pytest.raises(ConfigError, match=f"set model.vocab_size={VOCAB_SIZE}"):
+        check_dataset(manifest, 30000, MAX_LENGTH, "shards")
+    with pytest.raises(ConfigError, match="build shards with --max-seq-length 16"):
+        check_dataset(manifest, VOCAB_SIZE, 16, "shards")
+
+
+def test_batches_move_as_a_whole(dataset, manifest):
+    source = ExampleSource(str(dataset), manifest, "eval", cached_blocks=1)
+    moved = source.batch(source.places(3)).to(torch.device("meta"))
+    assert moved.sequences.input_ids.is_meta
+    assert moved.masked_lm_labels.is_meta
+    assert isinstance(moved.sequences.lengths, tuple)
