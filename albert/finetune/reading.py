@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from albert.errors import DataError, MissingInputError
-from albert.finetune.examples import Example, TextExample
+from albert.finetune.examples import Example, TagExample, TextExample
 from albert.finetune.rows import BadRow, Row, read_rows
 from albert.finetune.task_definition import Column, Columns, Task
 from albert.finetune.transforms import TRANSFORMS
@@ -93,9 +93,20 @@ def read_split(
 
 
 def collect_labels(examples: Iterable[Example]) -> tuple[str, ...]:
-    """The labels of a training file: numbers in numeric order, else names in alphabetical order."""
-    found = {example.label for example in examples if isinstance(example, TextExample) and example.label}
-    return tuple(sorted(found, key=lambda label: (0, int(label), "") if label.isdigit() else (1, 0, label)))
+    """The labels of a training file: `O` first, numbers in numeric order, then names in alphabetical order."""
+    found: set[str] = set()
+    for example in examples:
+        if isinstance(example, TagExample):
+            found.update(example.tags or ())
+        elif isinstance(example, TextExample) and example.label is not None:
+            found.add(example.label)
+    return tuple(sorted(found, key=_label_order))
+
+
+def _label_order(label: str) -> tuple[int, int, str]:
+    if label == "O":
+        return (0, 0, "")
+    return (1, int(label), "") if label.isdigit() else (2, 0, label)
 
 
 def _describe_bad_rows(path: Path, bad: list[BadRow], good: int) -> str:
