@@ -24,9 +24,9 @@ _EXAMPLES = """examples:
   python -m data_prep show dataset --examples 3
   python -m data_prep demo-corpus --output demo
 
-Text files hold one sentence or one paragraph per line and a blank line between documents; JSONL holds one document
-per line under "text". .gz, .zst, .xz and .bz2 are read directly. A build that was killed goes on when the same command
-is given again, and its bytes are the same for any number of workers."""
+Text files hold one sentence or one paragraph per line and a blank line between documents; JSONL holds one
+document per line under "text". .gz, .zst, .xz and .bz2 are read directly. A build that was killed goes on when
+the same command is given again, and its bytes are the same for any number of workers."""
 
 
 def main() -> None:
@@ -207,7 +207,7 @@ def _run_tokenizer(options: argparse.Namespace) -> None:
 
 
 def _run_verify(options: argparse.Namespace) -> None:
-    from data_prep.audit import verify_dataset
+    from data_prep.verify import verify_dataset
 
     manifest = verify_dataset(Path(options.directory))
     blocks = sum(len(shard.blocks) for shard in manifest.shards)
@@ -229,7 +229,7 @@ def _run_audit(options: argparse.Namespace) -> None:
 
 
 def _run_show(options: argparse.Namespace) -> None:
-    from data_prep.audit import show_examples
+    from data_prep.show import show_examples
 
     print("\n\n".join(show_examples(Path(options.directory), options.split, options.examples)))
 

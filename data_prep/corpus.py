@@ -51,7 +51,7 @@ class DocumentBatch:
     """Bytes of text that were read for this batch"""
 
 
-def open_text(path: Path) -> IO[bytes]:
+def open_text(path: Path) -> IO[bytes] | gzip.GzipFile:
     """Open a plain or compressed file for reading bytes."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")

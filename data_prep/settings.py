@@ -56,7 +56,8 @@ class BuildSettings(BaseModel):
         limit = self.max_seq_length - 3
         if self.max_predictions_per_seq is not None and self.max_predictions_per_seq > limit:
             raise ValueError(
-                f"max_predictions_per_seq ({self.max_predictions_per_seq}) must be at most max_seq_length - 3 ({limit})"
+                f"--max-predictions-per-seq ({self.max_predictions_per_seq}) must be at most "
+                f"--max-seq-length - 3 ({limit})"
             )
         return self
 
