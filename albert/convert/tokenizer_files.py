@@ -38,6 +38,8 @@ def _tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
         "tokenizer_class": "AlbertTokenizer" if is_sentencepiece else "BertTokenizer",
         "do_lower_case": tokenizer.lower_case,  # type: ignore[attr-defined]
         "model_max_length": max_length,
+        # AlbertTokenizer of transformers 5 leaves the types of a pair out unless told otherwise.
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         **dict(zip(names, tokenizer.pieces(tokenizer.special_ids()), strict=True)),
     }
     if isinstance(tokenizer, SentencePieceTokenizer):
