@@ -146,6 +146,10 @@ def _fitting_tokenizer(request: Request, path: Path | None, config: ModelConfig)
             f"--model {request.model}: no spiece.model or vocab.txt there; name one with --tokenizer"
         )
     tokenizer = load_tokenizer(chosen)
+    if path is not None and tokenizer.sha256 != load_tokenizer(path).sha256:
+        raise ConfigError(
+            f"--tokenizer {chosen}: differs from {path}, which the model was made with; leave the option out"
+        )
     surplus = config.vocab_size - tokenizer.vocab_size
     if not 0 <= surplus < _MAX_VOCAB_PADDING:
         raise ConfigError(

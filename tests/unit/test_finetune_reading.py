@@ -88,7 +88,7 @@ def test_bad_rows_are_named_by_number_and_reason(tmp_path, content, match):
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("dev.jsonl", '{"sentence1": "a", "sentence2": "b"}\n', "row 1: key label or .* is missing"),
+        ("dev.jsonl", '{"sentence1": "a", "sentence2": "b"}\n', r"row 1: key label or .* is missing"),
         ("dev.jsonl", '{"sentence1": "a"\n', "row 1: not JSON"),
         ("dev.jsonl", "7\n", "row 1: not a JSON object"),
         ("dev.json", "[1, 2", r"dev.json: not JSON .*one object per line or one array"),
@@ -104,7 +104,7 @@ def test_other_refusals(tmp_path, name, content, match):
 
 def test_missing_and_empty_files(tmp_path):
     lcqmc = find_task("lcqmc")
-    with pytest.raises(MissingInputError, match="--data-dir .*nowhere: no such directory"):
+    with pytest.raises(MissingInputError, match=r"--data-dir .*nowhere: no such directory"):
         find_file(lcqmc, tmp_path / "nowhere", "dev")
     (tmp_path / "train.tsv").write_text("a\tb\t1\n")
     with pytest.raises(MissingInputError, match=r"no dev file of lcqmc; wanted .*dev.tsv.*; found train.tsv"):
@@ -124,7 +124,7 @@ def test_glue_forms(tmp_path):
     assert _rows(cola) == [("0", "The sailors rode.", None, "1"), ("1", "Rode sailors.", None, "0")]
     test = _read(tmp_path, "cola", "test.tsv", "index\tsentence\n0\tBill.\n1\tJo.\n", split="test")
     assert _rows(test) == [("0", "Bill.", None, None), ("1", "Jo.", None, None)]
-    mrpc = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tHe said \"no.\t\"No\" he said\n"
+    mrpc = '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tHe said "no.\t"No" he said\n'
     assert _rows(_read(tmp_path, "mrpc", "dev.tsv", mrpc)) == [("0", 'He said "no.', '"No" he said', "1")]
     stsb = "index\tgenre\tsentence1\tsentence2\tscore\n0\tnews\ta\tb\t2.500\n1\tnews\tc\td\tx\n"
     with pytest.raises(DataError, match="row 3: label 'x' is not a number"):
@@ -141,7 +141,9 @@ def test_clue_forms(tmp_path):
     assert _rows(_read(tmp_path, "csl", "dev.json", json.dumps(csl))) == [("3", "词 语", "摘要", "1")]
     target = {"span1_text": "小明", "span1_index": 0, "span2_text": "他", "span2_index": 5}
     wsc = {"target": target, "text": "小明走了，他很累", "label": "true", "idx": 0}
-    assert [e.text_a for e in _read(tmp_path, "wsc", "dev.json", json.dumps(wsc)).examples] == ["_小明_走了，[他]很累"]
+    assert [e.text_a for e in _read(tmp_path, "wsc", "dev.json", json.dumps(wsc)).examples] == [
+        "_小明_走了，[他]很累"
+    ]
     tnews = {"sentence": "标题", "label": "108", "label_desc": "news_edu"}
     assert _rows(_read(tmp_path, "tnews", "dev.json", json.dumps(tnews))) == [("0", "标题", None, "108")]
     with pytest.raises(DataError, match="row 1: key 'target' is missing or of another form"):
@@ -157,15 +159,25 @@ def test_squad_forms(tmp_path):
     assert (example.guid, example.answers, example.is_impossible) == ("q", (("Rome", 0),), False)
     impossible = document(id="q", question="What?", answers=[], is_impossible=True)
     assert _read(tmp_path, "squad2", "dev-v2.0.json", impossible).examples[0].is_impossible
-    with pytest.raises(DataError, match="row 1: .*without 'answers'"):
+    with pytest.raises(DataError, match=r"row 1: .*without 'answers'"):
         _read(tmp_path, "squad", "dev-v1.1.json", document(id="q", question="What?"))
     with pytest.raises(DataError, match="this is not SQuAD's JSON"):
         _read(tmp_path, "squad", "dev-v1.1.json", "{}")
-    assert not _read(tmp_path, "squad", "test.json", document(id="q", question="?"), split="test").examples[0].is_labelled
+    assert (
+        not _read(tmp_path, "squad", "test.json", document(id="q", question="?"), split="test")
+        .examples[0]
+        .is_labelled
+    )
 
 
 def test_choice_forms(tmp_path):
-    passage = {"article": "A.", "questions": ["Q _ ?"], "options": [["a", "b", "c", "d"]], "answers": ["C"], "id": "x"}
+    passage = {
+        "article": "A.",
+        "questions": ["Q _ ?"],
+        "options": [["a", "b", "c", "d"]],
+        "answers": ["C"],
+        "id": "x",
+    }
     race = _read(tmp_path, "race", "dev.jsonl", json.dumps(passage)).examples[0]
     assert (race.guid, race.label, race.options) == ("x-0", 2, ("a", "b", "c", "d"))
     (tmp_path / "train" / "high").mkdir(parents=True)
@@ -182,7 +194,10 @@ def test_choice_forms(tmp_path):
 def test_conll_form(tmp_path):
     text = "-DOCSTART- -X- O O\n\nEU NNP B-ORG\nrejects VBZ O\n\n\nPeter B-PER\n"
     examples = _read(tmp_path, "conll-ner", "dev.txt", text).examples
-    assert [(e.words, e.tags) for e in examples] == [(("EU", "rejects"), ("B-ORG", "O")), (("Peter",), ("B-PER",))]
+    assert [(e.words, e.tags) for e in examples] == [
+        (("EU", "rejects"), ("B-ORG", "O")),
+        (("Peter",), ("B-PER",)),
+    ]
     with pytest.raises(DataError, match="row 2: word 'b' has no tag"):
         _read(tmp_path, "conll-ner", "dev.txt", "a O\nb\n")
     assert collect_labels(examples) == ("O", "B-ORG", "B-PER")

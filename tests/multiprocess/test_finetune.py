@@ -1,0 +1,199 @@
+"""Fine-tuning end to end on a tiny task: it learns, keeps the best weights, and ranks do not change it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from albert.distributed import close_world, init_world
+from albert.errors import ConfigError, DataError, MissingInputError
+from albert.finetune.preparation import prepare
+from albert.finetune.request import Request
+from albert.finetune.run import run_once
+from albert.finetune.settings import settings_for
+from albert.finetune.tasks import find_task
+from albert.pretrained import load_pretrained
+from albert.stopping import StopRequest
+from tests.ranks import run_ranks
+from tests.tiny_task import LETTERS, MODEL, write_model, write_task
+
+pytestmark = pytest.mark.multiprocess
+
+_QUICK = {"learning_rate": 3e-3, "batch_size": 20, "epochs": 6.0, "progress": "off", "tensorboard": False}
+
+
+def _finetune(request: Request) -> dict:
+    task = find_task(request.task)
+    settings = settings_for(task, request.overrides)
+    prepared = prepare(request, task, settings)
+    world = init_world("cpu", 60.0)
+    try:
+        return run_once(prepared, request, settings, Path(request.output), world, StopRequest())
+    finally:
+        close_world()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finetune")
+    return write_task(directory / "data"), write_model(directory / "pretrained")
+
+
+def _request(inputs, output, **changes):
+    data, model = inputs
+    values = {"task": "lcqmc", "data_dir": str(data), "model": str(model), "output": str(output)}
+    actions = {"do_train": True, "do_eval": True, "do_test": True}
+    return Request(**{**values, **actions, "overrides": _QUICK, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "run"
+    return output, run_ranks(1, _finetune, _request(inputs, output))[0]
+
+
+def _losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def test_a_tiny_model_learns_the_task(trained):
+    _, results = trained
+    for split in ("dev", "test"):
+        scores = results["splits"][split]
+        assert scores["majority_accuracy"] < 0.65
+        assert scores["accuracy"] > 0.95
+    assert results["training"]["steps"] == 120
+    assert not results["training"]["collapsed"]
+
+
+def test_the_run_leaves_a_model_results_and_predictions(trained, inputs):
+    output, results = trained
+    written = json.loads((output / "results.json").read_bytes())
+    assert written["splits"] == results["splits"]
+    assert written["labels"] == ["0", "1"]
+    assert written["data"]["train"]["examples"] == 400
+    config, state, tokenizer = load_pretrained(output / "model")
+    assert config == MODEL
+    assert state["classifier.weight"].shape == (2, 32)
+    assert not any(name.startswith("predictions.") for name in state)
+    assert tokenizer.read_bytes() == (inputs[1] / "vocab.txt").read_bytes()
+    card = json.loads((output / "model" / "task.json").read_bytes())
+    assert (card["task"], card["labels"], card["metric"]) == ("lcqmc", ["0", "1"], "accuracy")
+    predictions = [json.loads(line) for line in (output / "predictions-test.jsonl").read_text().splitlines()]
+    right = sum(p["prediction"] == p["label"] for p in predictions) / len(predictions)
+    assert right == results["splits"]["test"]["accuracy"]
+
+
+def test_the_best_weights_are_kept_not_the_last(trained):
+    _, results = trained
+    training = results["training"]
+    best = max(training["history"], key=lambda metrics: metrics["accuracy"])
+    assert training["best_step"] == best["step"]
+    assert results["splits"]["dev"]["accuracy"] == training["best_score"] == best["accuracy"]
+
+
+def test_a_fine_tuned_model_is_evaluated_again_without_training(trained, inputs, tmp_path):
+    output, results = trained
+    changes = {"model": str(output), "do_train": False, "do_eval": False, "do_predict": True}
+    again = run_ranks(2, _finetune, _request(inputs, tmp_path, **changes))
+    assert again[0]["splits"]["test"] == again[1]["splits"]["test"] == results["splits"]["test"]
+    assert again[0]["fresh_parameters"] == []
+
+
+def test_two_ranks_and_micro_batches_give_the_losses_of_one(inputs, tmp_path):
+    quick = {**_QUICK, "epochs": 1.0, "log_interval_steps": 1, "max_grad_norm": 1.0}
+    runs = {}
+    for name, ranks, extra in (
+        ("one", 1, {}),
+        ("accumulated", 1, {"micro_batch_size": 5, "deepspeed": "zero2"}),
+        ("two", 2, {"micro_batch_size": 5}),
+        ("zero3", 2, {"deepspeed": "zero3"}),
+    ):
+        request = _request(inputs, tmp_path / name, overrides={**quick, **extra}, do_test=False)
+        results = run_ranks(ranks, _finetune, request)
+        assert len({json.dumps(result["splits"]) for result in results}) == 1
+        runs[name] = (_losses(tmp_path / name), load_pretrained(tmp_path / name / "model")[1])
+    losses, weights = runs["one"]
+    assert len(losses) == 20
+    for other_losses, other_weights in runs.values():
+        assert other_losses == pytest.approx(losses, rel=1e-5)
+        for name, tensor in weights.items():
+            torch.testing.assert_close(other_weights[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_early_stopping_ends_the_run(inputs, tmp_path):
+    frozen = {**_QUICK, "learning_rate": 1e-12, "early_stopping": 2, "eval_interval_steps": 2}
+    results = run_ranks(1, _finetune, _request(inputs, tmp_path, overrides=frozen))[0]
+    training = results["training"]
+    assert (training["steps"], training["best_step"], training["stopped_early"]) == (6, 2, True)
+
+
+def test_a_collapsed_run_says_so_and_names_cures(inputs, tmp_path):
+    frozen = {**_QUICK, "learning_rate": 1e-12, "epochs": 0.1, "warmup_steps": 0, "dropout": 0.1}
+    results = run_ranks(1, _finetune, _request(inputs, tmp_path, overrides=frozen))[0]
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    messages = [event["message"] for event in events if event["kind"] == "event"]
+    assert results["training"]["collapsed"]
+    assert len(messages) == 1
+    for part in (
+        "every dev example is answered",
+        "lower --learning-rate than 1e-12",
+        "--warmup-steps",
+        "--dropout 0",
+    ):
+        assert part in messages[0]
+
+
+def _prepare_error(request: Request) -> str:
+    task = find_task(request.task)
+    with pytest.raises((ConfigError, DataError)) as caught:
+        prepare(request, task, settings_for(task, request.overrides))
+    return f"{caught.value.exit_code} {caught.value}"
+
+
+def test_what_does_not_fit_together_is_refused(inputs, trained, tmp_path):
+    _, model = inputs
+    only_eval = {"do_train": False, "do_test": False}
+    message = _prepare_error(_request(inputs, tmp_path, **only_eval))
+    assert (
+        message.startswith("78 --model")
+        and "has no task's head, so it cannot answer lcqmc; add --do-train" in message
+    )
+    (tmp_path / "vocab.txt").write_text((model / "vocab.txt").read_text() + "extra\n")
+    message = _prepare_error(_request(inputs, tmp_path, tokenizer=str(tmp_path / "vocab.txt")))
+    assert message.startswith("78 --tokenizer")
+    assert "which the model was made with" in message
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare)
+    shutil.copy(tmp_path / "vocab.txt", bare / "vocab.txt")
+    message = _prepare_error(_request(inputs, tmp_path, model=str(bare)))
+    assert message.startswith("78")
+    assert f"has {MODEL.vocab_size + 1} entries" in message
+    (bare / "vocab.txt").unlink()
+    with pytest.raises(
+        MissingInputError, match=r"no spiece.model or vocab.txt there; name one with --tokenizer"
+    ):
+        prepare(
+            _request(inputs, tmp_path, model=str(bare)),
+            find_task("lcqmc"),
+            settings_for(find_task("lcqmc"), {}),
+        )
+    long = {**_QUICK, "max_seq_length": 64}
+    assert "--max-seq-length (64) exceeds" in _prepare_error(_request(inputs, tmp_path, overrides=long))
+    other = {"task": "rte", "model": str(trained[0] / "model"), **only_eval}
+    header = "index\tsentence1\tsentence2\tlabel\n"
+    rows = "".join(f"{n}\t{c}\t{c}\tentailment\n" for n, c in enumerate(LETTERS))
+    (tmp_path / "dev.tsv").write_text(header + rows)
+    message = _prepare_error(_request(inputs, tmp_path, **other, data_dir=str(tmp_path)))
+    assert "was fine-tuned on lcqmc (0, 1), so it cannot answer rte" in message
+    (tmp_path / "train.tsv").write_text(header + rows)
+    message = _prepare_error(_request(inputs, tmp_path, task="rte", data_dir=str(tmp_path)))
+    assert (
+        message.startswith("65")
+        and "every label is 'entailment'; a classifier needs at least two classes" in message
+    )
