@@ -6,8 +6,11 @@ environment; under plain `srun` the SLURM_* variables stand for them. Without ei
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from albert.errors import ConfigError
+from albert.errors import ConfigError, PeerLostError
 
 _SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+_PEER_FAILURE = re.compile(r"gloo|NCCL|closed by peer|reset by peer|Timed out waiting|Connection refused", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ def init_world(device: str, timeout_s: float) -> World:
     os.environ.setdefault("DS_ACCELERATOR", chosen.type)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     timeout = datetime.timedelta(seconds=timeout_s)
+    # DeepSpeed makes groups without naming a timeout; torch's default would let them wait for 30 minutes.
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if size > 1:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
@@ -72,12 +78,24 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def apply_timeout_to_all_groups(timeout_s: float) -> None:
-    """Give groups that DeepSpeed made the timeout too; it creates them with torch's default of 30 minutes."""
-    timeout = datetime.timedelta(seconds=timeout_s)
-    for group in list(c10d._world.pg_map):
-        if not c10d._rank_not_in_group(group):
-            c10d._set_pg_timeout(timeout, group)
+@contextlib.contextmanager
+def peer_errors() -> Iterator[None]:
+    """Turn the failure of a collective into one that names its cause.
+
+    Raises:
+        PeerLostError: another rank died, hangs or cannot be reached.
+    """
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, dist.DistError) and not _PEER_FAILURE.search(text):
+            raise
+        cause = " ".join(text.split())[:200]
+        raise PeerLostError(
+            f"another rank died, hangs or cannot be reached ({cause}); see its log, then give the same command "
+            "again to go on from the last checkpoint"
+        ) from error
 
 
 def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from albert.config import OptimizerConfig
 from albert.deepspeed_config import zero_stage
-from albert.distributed import World, apply_timeout_to_all_groups, group_rank_and_size
+from albert.distributed import World, group_rank_and_size
 from albert.errors import ConfigError
 from albert.optim.lamb import STATE_KEYS, build_optimizer
 
@@ -63,7 +63,6 @@ class Engine:
         optimizer: OptimizerConfig,
         deepspeed_config: dict[str, Any],
         world: World,
-        timeout_s: float = 600.0,
     ) -> None:
         """Partition the model's state over the ranks as `deepspeed_config` says.
 
@@ -72,7 +71,6 @@ class Engine:
             optimizer: LAMB or AdamW.
             deepspeed_config: complete dictionary of `albert.deepspeed_config`.
             world: of `albert.distributed.init_world`.
-            timeout_s: longest time that a collective may take.
 
         Raises:
             ConfigError: the device does not compute in the precision that was asked for.
@@ -91,7 +89,6 @@ class Engine:
         if self.loss_scaler_state():
             # The trainer stops with a reason; DeepSpeed would raise a bare Exception.
             self._zero.loss_scaler.raise_error_at_min_scale = False
-        apply_timeout_to_all_groups(timeout_s)
 
     @property
     def model(self) -> nn.Module:

@@ -56,16 +56,15 @@ def _main() -> None:
     manifest = read_manifest(config.data.directory)
     _check_output_directory(config)
     # Everything above fails in milliseconds; the imports below take seconds.
-    from albert.distributed import close_world, init_world
+    from albert.distributed import close_world, init_world, peer_errors
     from albert.loader import check_dataset
 
     check_dataset(
         manifest, config.model.vocab_size, config.model.max_position_embeddings, config.data.directory
     )
-    world = init_world(config.train.device, config.train.peer_timeout_s)
-    try:
+    with peer_errors():
+        world = init_world(config.train.device, config.train.peer_timeout_s)
         _train(config, placement, manifest, world, stop)
-    finally:
         close_world()
 
 
@@ -153,7 +152,7 @@ def _build_engine(config: RunConfig, placement: Placement, world: World) -> Engi
     model.activation_checkpointing = config.train.activation_checkpointing
     if config.train.compile == "on" or (config.train.compile == "auto" and world.device.type == "cuda"):
         model.compile_layers()
-    return Engine(model, config.optimizer, placement, world, config.train.peer_timeout_s)
+    return Engine(model, config.optimizer, placement, world)
 
 
 def _start_monitor(config: RunConfig, first_step: int) -> Monitor:
