@@ -235,7 +235,7 @@ def load_run_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     raw = _read_yaml(recipe)
     problems = [problem for text in overrides if (problem := _apply_override(raw, text))]
-    raw["model"] = _expand_model(raw.get("model"), recipe, problems)
+    raw["model"] = _expand_model(raw.get("model"), problems)
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -281,7 +281,7 @@ def _apply_override(raw: dict[str, Any], text: str) -> str | None:
     return None
 
 
-def _expand_model(section: Any, recipe: str, problems: list[str]) -> Any:
+def _expand_model(section: Any, problems: list[str]) -> Any:
     """Replace `model.preset` (a name or the path of a config.json) by the fields it stands for."""
     if not isinstance(section, Mapping) or "preset" not in section:
         return section

@@ -21,7 +21,9 @@ from torch.distributed import distributed_c10d as c10d
 from albert.errors import ConfigError, PeerLostError
 
 _SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-_PEER_FAILURE = re.compile(r"gloo|NCCL|closed by peer|reset by peer|Timed out waiting|Connection refused", re.IGNORECASE)
+_PEER_FAILURE = re.compile(
+    r"gloo|NCCL|closed by peer|reset by peer|Timed out waiting|Connection refused", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,9 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model.to(world.device), optimizer=self.optimizer, config=deepspeed_config
             )
-        self._zero = self._engine.optimizer if self.stage else None
+        self._zero: Any = None
+        if self.stage:
+            self._zero = self._engine.optimizer
         self._bind_optimizer()
         if self.loss_scaler_state():
             # The trainer stops with a reason; DeepSpeed would raise a bare Exception.
@@ -231,7 +233,7 @@ class Engine:
         else:
             safe_set_full_optimizer_state(parameter, value.to(self.device), part)
 
-    def _set_zero3_partition(self, parameter: nn.Parameter, part: str, value: Tensor) -> None:
+    def _set_zero3_partition(self, parameter: Any, part: str, value: Tensor) -> None:
         """`safe_set_full_*` fails under ZeRO-3 where the ranks do not divide the tensor; set padded slices."""
         rank, size = group_rank_and_size(self._zero.dp_process_group)
         shard_size = parameter.ds_tensor.ds_numel

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class ExampleSource:
         return self._cache[index]
 
 
-def _int64(arrays: list[NDArray[np.generic]]) -> torch.Tensor:
+def _int64(arrays: Sequence[NDArray[Any]]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
 
 
@@ -176,7 +177,7 @@ class TrainLoader:
             yield [next(micro_batches) for _ in range(self._plan.accumulation_steps)]
 
 
-def _identity(batch: PretrainBatch) -> PretrainBatch:
+def _identity(batch: Any) -> Any:
     return batch
 
 

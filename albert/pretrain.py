@@ -115,7 +115,7 @@ def _train(
     evaluator = _build_evaluator(config, manifest, world)
     engine = _build_engine(config, placement, world)
     checkpoints = RunCheckpoints(config, manifest, engine, world)
-    resumed = checkpoints.resume(lambda text: sys.stderr.write(f"warning: {text}\n"))
+    resumed = checkpoints.resume(_warn)
     monitor = _start_monitor(config, resumed[0] if resumed else 0) if world.is_main else None
     with monitor or contextlib.nullcontext():
         trainer = Trainer(
@@ -136,6 +136,10 @@ def _train(
             "give the same command again to go on"
         )
     _write_model(config, manifest, engine, world)
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"warning: {text}\n")
 
 
 def _build_evaluator(config: RunConfig, manifest: Manifest, world: World) -> Evaluator | None:

@@ -65,7 +65,7 @@ def check_resumable(
 
 
 def _is_free(key: str) -> bool:
-    return key in _FREE_KEYS or key.split(".")[0] in _FREE_SECTIONS
+    return key in _FREE_KEYS or key.partition(".")[0] in _FREE_SECTIONS
 
 
 def _flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

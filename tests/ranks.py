@@ -15,7 +15,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-import albert.run_checkpoints  # noqa: F401
+import albert.run_checkpoints
 import albert.trainer  # noqa: F401  imported once here, so that no rank has to
 
 TIMEOUT_S = 120.0

@@ -30,7 +30,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     before any padding), `weight_decay` and `adapt`.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    adapted, rest = [], []
+    adapted: list[tuple[str, nn.Parameter]] = []
+    rest: list[tuple[str, nn.Parameter]] = []
     for name, parameter in named:
         is_adapted = config.name == "lamb" and not (config.lamb_variant == "google" and is_excluded(name))
         (adapted if is_adapted else rest).append((name, parameter))

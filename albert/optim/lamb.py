@@ -86,7 +86,7 @@ class Lamb(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Lamb takes no closure")
         updates = [
-            self._direction(group, parameter)
+            self._direction(group, parameter, parameter.grad)
             for group in self.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
@@ -100,8 +100,7 @@ class Lamb(torch.optim.Optimizer):
             else:
                 update.parameter.add_(update.direction, alpha=scale)
 
-    def _direction(self, group: dict[str, Any], parameter: Tensor) -> _Update:
-        gradient = parameter.grad
+    def _direction(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> _Update:
         first, second = self.moments(parameter)
         if group["adapt"] and self._partitioned:
             self._zero_padding(group["num_elements"], (parameter, gradient, first, second))
@@ -117,10 +116,9 @@ class Lamb(torch.optim.Optimizer):
             direction.add_(parameter, alpha=group["weight_decay"])
         return _Update(group, parameter, direction)
 
-    def _zero_padding(self, num_elements: int, shards: tuple[Tensor | None, ...]) -> None:
+    def _zero_padding(self, num_elements: int, shards: tuple[Tensor, ...]) -> None:
         """Zero what lies behind the tensor's last element in this rank's shard; ZeRO-3 leaves garbage there."""
         for shard in shards:
-            assert shard is not None
             valid = max(0, min(shard.numel(), num_elements - self._group_rank * shard.numel()))
             shard.view(-1)[valid:].zero_()
 

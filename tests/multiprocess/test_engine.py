@@ -102,7 +102,7 @@ def _reference(dataset: Path, optimizer: OptimizerConfig) -> dict[str, np.ndarra
         norm = torch.sqrt(sum((g * g).sum() for g in gradients.values()))
         clip = min(1.0, optimizer.max_grad_norm / (float(norm) + 1e-6))
         with torch.no_grad():
-            for name, weight in named.items():
+            for name, parameter in named.items():
                 gradient = gradients[name] * clip
                 first[name] = 0.9 * first[name] + 0.1 * gradient
                 second[name] = 0.999 * second[name] + 0.001 * gradient * gradient
@@ -112,10 +112,10 @@ def _reference(dataset: Path, optimizer: OptimizerConfig) -> dict[str, np.ndarra
                 else:
                     update = first[name] / (second[name].sqrt() + optimizer.eps)
                 if not is_excluded(name):
-                    update = update + optimizer.weight_decay * weight
+                    update = update + optimizer.weight_decay * parameter
                     if optimizer.name == "lamb":
-                        update = update * (weight.norm() / update.norm())
-                weight -= rate * update
+                        update = update * (parameter.norm() / update.norm())
+                parameter.sub_(rate * update)
     return {f"weights/{name}": weight.detach().numpy() for name, weight in named.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -157,9 +158,9 @@ def test_placement_files_are_checked(tmp_path: Path, text, message):
 
 def test_placement_may_leave_owned_keys_to_the_run(tmp_path: Path):
     path = tmp_path / "placement.json"
-    path.write_text(
-        '{"train_batch_size": "auto", "fp16": {"initial_scale_power": 8}, "zero_optimization": {"stage": 1}}'
-    )
+    fp16 = {"initial_scale_power": 8}
+    placement = {"train_batch_size": "auto", "fp16": fp16, "zero_optimization": {"stage": 1}}
+    path.write_text(json.dumps(placement))
     config = load_run_config("base", [f"deepspeed.config={path}", "train.precision=fp16"])
     result = build_deepspeed_config(config, 4)
     assert result["train_batch_size"] == 4096
@@ -214,7 +215,7 @@ def test_only_what_changes_the_mathematics_must_stay():
     )
     check_resumable(stored, free, same, "run")
     other = load_run_config("base", ["seed=3", "train.global_batch_size=2048"])
-    with pytest.raises(ConfigError, match="seed: 12345 in the checkpoint, 3 now; train.global_batch_size"):
+    with pytest.raises(ConfigError, match=r"seed: 12345 in the checkpoint, 3 now; train.global_batch_size"):
         check_resumable(stored, other, same, "run")
     allowed = load_run_config(
         "base",
@@ -224,6 +225,6 @@ def test_only_what_changes_the_mathematics_must_stay():
             "checkpoint.allow_changes=[seed, train.global_batch_size]",
         ],
     )
-    with pytest.raises(ConfigError, match="dataset: hash a in the checkpoint, b now"):
+    with pytest.raises(ConfigError, match=r"dataset: hash a in the checkpoint, b now"):
         check_resumable(stored, allowed, {"dataset": ("a", "b")}, "run")
     check_resumable(stored, allowed, same, "run")
