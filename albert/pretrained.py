@@ -148,14 +148,17 @@ def expected_shapes(
         return (given.get(f"{head}.bias") or (2,))[0]
 
     with torch.device("meta"):
-        models: list[nn.Module] = [
-            AlbertForPreTraining(config),
-            AlbertForSequenceClassification(config, labels("classifier")),
-            AlbertForTokenClassification(config, labels("token_classifier")),
-            AlbertForQuestionAnswering(config),
-            AlbertForMultipleChoice(config, 2),
-        ]
-    return {n: tuple(t.shape) for model in models for n, t in model.state_dict().items()}
+        model = AlbertForPreTraining(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    widths = {
+        "classifier": labels("classifier"),
+        "token_classifier": labels("token_classifier"),
+        "span_classifier": 2,
+        "choice_classifier": 1,
+    }
+    for head, width in widths.items():
+        shapes |= {f"{head}.weight": (width, config.hidden_size), f"{head}.bias": (width,)}
+    return shapes
 
 
 def raise_if_different(
