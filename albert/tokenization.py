@@ -240,8 +240,8 @@ class WordPieceTokenizer(Tokenizer):
         return table
 
     def ordinary_ids(self) -> NDArray[np.int64]:
-        """Ids that text can yield, ascending: no `[...]` pieces."""
-        return np.array([i for i, p in enumerate(self._vocabulary) if not _is_bracketed(p)], np.int64)
+        """Ids that text can yield, ascending: no `[...]` pieces, and no `##` before a Chinese character."""
+        return np.array([i for i, p in enumerate(self._vocabulary) if not _never_occurs(p)], np.int64)
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
@@ -331,6 +331,11 @@ def _has_accents(piece: str) -> bool:
 
 def _is_bracketed(piece: str) -> bool:
     return len(piece) > 2 and piece[0] + piece[-1] in ("[]", "<>")
+
+
+def _never_occurs(piece: str) -> bool:
+    """Whether WordPiece never yields a piece: special, or a Chinese character inside a word (it stands alone)."""
+    return _is_bracketed(piece) or bool(re.match("##[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]", piece))
 
 
 def _stands_alone(piece: str) -> bool:

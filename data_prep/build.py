@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 from tqdm import tqdm
 
@@ -32,13 +34,21 @@ from albert.shards import (
     write_manifest,
 )
 from albert.tokenization import SENTENCEPIECE_FILE, WORDPIECE_FILE, Tokenizer, load_tokenizer
+from data_prep.chinese import load_segmenter
 from data_prep.corpus import read_documents
-from data_prep.parallel import run_here, run_mpi, run_processes, serve_mpi
+from data_prep.dedup import repeated_documents
+from data_prep.parallel import Step, end_mpi, run_here, run_mpi, run_processes, serve_mpi
 from data_prep.plan import Source, Task, find_sources, plan_tasks
 from data_prep.settings import BuildSettings
-from data_prep.worker import Job, TaskRecord, document_hash
+from data_prep.worker import (
+    WORK_DIRECTORY,
+    Job,
+    TaskRecord,
+    document_hash,
+    repeated_path,
+    signature_path,
+)
 
-WORK_DIRECTORY = ".build"
 _SMALL_CORPUS_BYTES = 16 << 20
 """Up to this size every document is hashed beforehand, so that the held-out split is not left empty by chance."""
 _MIN_HELD_OUT_CHARACTERS = 200
@@ -71,25 +81,34 @@ def build(request: BuildRequest, comm: Any = None) -> Manifest | None:
         ConfigError: the settings do not fit each other or the output directory.
         UnsafeError: the output directory holds something else.
     """
-    output = Path(request.output)
     if comm is not None and comm.rank > 0:
-        if (job := comm.bcast(None)) is not None:
-            serve_mpi(comm, job)
+        serve_mpi(comm)
         return None
+    manifest = _build(request, comm)
+    if comm is not None:
+        end_mpi(comm)
+    return manifest
+
+
+def _build(request: BuildRequest, comm: Any) -> Manifest:
+    output = Path(request.output)
     tokenizer = load_tokenizer(request.tokenizer)
+    if request.settings.whole_words == "jieba":
+        load_segmenter()
     sources = find_sources(request.inputs, request.weights, request.settings)
     tasks = plan_tasks(sources, request.settings)
     description = _describe(request, sources, tokenizer)
     if (finished := _finished(output, description)) is not None:
-        if comm is not None:
-            comm.bcast(None)
         return finished
     with _locked(output, description) as work:
         copy = _copy_tokenizer(tokenizer, output)
         job = Job(request.settings, str(copy), str(output), _eval_threshold(tasks, request.settings))
         records = _read_records(work)
+        if request.settings.dedup != "none":
+            _find_repeated(job, tasks, request.num_workers, comm)
         todo = [task for task in tasks if task.index not in records]
-        for record in _progress(_run(job, todo, request.num_workers, comm), tasks, records):
+        results = _run(job, "run", todo, request.num_workers, comm)
+        for record in _progress("build", results, tasks, records):
             data = record.model_dump_json().encode()
             write_file_durably(work / f"task-{record.task:05d}.json", [data])
             records[record.task] = record
@@ -99,13 +118,27 @@ def build(request: BuildRequest, comm: Any = None) -> Manifest | None:
     return manifest
 
 
-def _run(job: Job, tasks: Sequence[Task], num_workers: int, comm: Any) -> Iterator[TaskRecord]:
+def _run(job: Job, step: Step, tasks: Sequence[Task], num_workers: int, comm: Any) -> Iterator[TaskRecord]:
     if comm is not None:
-        comm.bcast(job)
-        return run_mpi(comm, job, tasks)
+        return run_mpi(comm, job, step, tasks)
     if num_workers == 1 or len(tasks) < 2:
-        return run_here(job, tasks)
-    return run_processes(job, tasks, min(num_workers, len(tasks)))
+        return run_here(job, step, tasks)
+    return run_processes(job, step, tasks, min(num_workers, len(tasks)))
+
+
+def _find_repeated(job: Job, tasks: Sequence[Task], num_workers: int, comm: Any) -> None:
+    """Sign all documents, decide which of them repeat an earlier one, and leave the answer to the tasks."""
+    todo = [task for task in tasks if not signature_path(job.output, task.index).is_file()]
+    for _ in _progress("dedup", _run(job, "sign", todo, num_workers, comm), todo, {}):
+        pass
+    parts = [np.load(signature_path(job.output, task.index), allow_pickle=False) for task in tasks]
+    width = max((part.shape[1] for part in parts), default=1)
+    repeated = repeated_documents(np.concatenate([part.reshape(len(part), width) for part in parts]))
+    ends = np.cumsum([len(part) for part in parts])
+    for task, end, part in zip(tasks, ends.tolist(), parts, strict=True):
+        data = io.BytesIO()
+        np.save(data, repeated[end - len(part) : end], allow_pickle=False)
+        write_file_durably(repeated_path(job.output, task.index), [data.getvalue()])
 
 
 def _describe(request: BuildRequest, sources: Sequence[Source], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -222,13 +255,13 @@ def _eval_threshold(tasks: Sequence[Task], settings: BuildSettings) -> int:
 
 
 def _progress(
-    results: Iterator[TaskRecord], tasks: Sequence[Task], done: dict[int, TaskRecord]
+    name: str, results: Iterator[TaskRecord], tasks: Sequence[Task], done: dict[int, TaskRecord]
 ) -> Iterator[TaskRecord]:
     """Results with a progress bar: bytes of input, documents, time left."""
     total = sum(task.bytes for task in tasks)
     documents = sum(record.counts.get("documents_in", 0) for record in done.values())
     initial = sum(record.input_bytes for record in done.values())
-    with tqdm(total=total, initial=initial, unit="B", unit_scale=True, mininterval=0.5) as bar:
+    with tqdm(desc=name, total=total, initial=initial, unit="B", unit_scale=True, mininterval=0.5) as bar:
         for record in results:
             yield record
             documents += record.counts.get("documents_in", 0)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from albert.masking import MaskingPolicy, example_keys, mask_examples
 from albert.shards import MAX_EXAMPLES_PER_BLOCK, Block
 from albert.tokenization import Tokenizer
-from data_prep.segments import PairPolicy, Pairs, TokenizedDocuments, make_pairs
+from data_prep.segments import PairPolicy, Pairs, TokenizedDocuments, make_pairs, pack_documents
 from data_prep.settings import BuildSettings
 
 _CLAUSE_ENDS = ",;:，；：、—"
@@ -30,6 +30,8 @@ class ExampleMaker:
     clause_ends: NDArray[np.bool_]
     """[vocab] pieces after which a long sentence may be split"""
     pairs: PairPolicy
+    pack: bool
+    """Whether short documents are joined"""
     masks: MaskingPolicy
     seed: int
 
@@ -40,9 +42,15 @@ class ExampleMaker:
         return ExampleMaker(
             cls_id=tokenizer.cls_id,
             sep_id=tokenizer.sep_id,
-            word_starts=tokenizer.word_start_table(),
+            word_starts=_word_starts(tokenizer, settings),
             clause_ends=np.array([piece[-1:] in _CLAUSE_ENDS and piece != "" for piece in pieces]),
-            pairs=PairPolicy(settings.max_seq_length, settings.short_seq_prob, settings.single_segment),
+            pairs=PairPolicy(
+                settings.max_seq_length,
+                settings.short_seq_prob,
+                settings.single_segment,
+                keep_single_sentences=settings.sop_algorithm == "strict",
+            ),
+            pack=settings.pack_short_documents,
             masks=MaskingPolicy.of_tokenizer(
                 tokenizer,
                 masked_lm_prob=settings.masked_lm_prob,
@@ -64,6 +72,8 @@ class ExampleMaker:
 
         Coordinates and copy seed all randomness, so that a copy is the same whichever it is made with.
         """
+        if self.pack:
+            documents = pack_documents(documents, self.pairs.max_num_tokens)
         passes, keys = [], []
         for copy in copies:
             rng = np.random.default_rng([self.seed, *coordinates, copy])
@@ -111,6 +121,14 @@ class ExampleMaker:
         has_b = np.flatnonzero(a_lengths < lengths)
         starts[offsets[has_b] + a_lengths[has_b]] = True
         return starts
+
+
+def _word_starts(tokenizer: Tokenizer, settings: BuildSettings) -> NDArray[np.bool_]:
+    """[vocab] pieces that begin a unit of masking; with whole_words none, all but special tokens do."""
+    table = tokenizer.word_start_table()
+    if settings.whole_words == "none":
+        table[tokenizer.ordinary_ids()] = True
+    return table
 
 
 def assemble(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, Literal
 
 from albert.errors import AlbertError, ConfigError, PeerLostError
 from data_prep.plan import Task
@@ -20,14 +20,22 @@ _WORKER: list[Worker] = []
 """The worker of this process, if it is one of a pool."""
 
 
-def run_here(job: Job, tasks: Sequence[Task]) -> Iterator[TaskRecord]:
+Step = Literal["run", "sign"]
+"""The method of `Worker` that is applied to tasks"""
+
+
+def run_here(job: Job, step: Step, tasks: Sequence[Task]) -> Iterator[TaskRecord]:
     """Run tasks in this process."""
     worker = Worker(job)
     for task in tasks:
-        yield worker.run(task)
+        yield _apply(worker, step, task)
 
 
-def run_processes(job: Job, tasks: Sequence[Task], num_workers: int) -> Iterator[TaskRecord]:
+def _apply(worker: Worker, step: Step, task: Task) -> TaskRecord:
+    return worker.run(task) if step == "run" else worker.sign(task)
+
+
+def run_processes(job: Job, step: Step, tasks: Sequence[Task], num_workers: int) -> Iterator[TaskRecord]:
     """Run tasks in `num_workers` processes, each taking the next task when it has finished one.
 
     Raises:
@@ -40,7 +48,7 @@ def run_processes(job: Job, tasks: Sequence[Task], num_workers: int) -> Iterator
     try:
         while True:
             while len(running) < 2 * num_workers and (task := next(waiting, None)) is not None:
-                running.add(pool.submit(_run_task, task))
+                running.add(pool.submit(_run_task, step, task))
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -67,8 +75,8 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
-def _run_task(task: Task) -> TaskRecord:
-    return _WORKER[0].run(task)
+def _run_task(step: Step, task: Task) -> TaskRecord:
+    return _apply(_WORKER[0], step, task)
 
 
 def mpi_communicator() -> Any:
@@ -87,10 +95,11 @@ def mpi_communicator() -> Any:
     return MPI.COMM_WORLD
 
 
-def run_mpi(comm: Any, job: Job, tasks: Sequence[Task]) -> Iterator[TaskRecord]:
+def run_mpi(comm: Any, job: Job, step: Step, tasks: Sequence[Task]) -> Iterator[TaskRecord]:
     """On rank 0: hand out tasks to the other ranks, the next one to whoever is free. Alone, it works itself."""
+    comm.bcast((job, step))
     if comm.size == 1:
-        yield from run_here(job, tasks)
+        yield from run_here(job, step, tasks)
         return
     waiting = iter(tasks)
     idle = 0
@@ -108,10 +117,21 @@ def run_mpi(comm: Any, job: Job, tasks: Sequence[Task]) -> Iterator[TaskRecord]:
             yield answer
 
 
-def serve_mpi(comm: Any, job: Job) -> None:
-    """On the other ranks: ask rank 0 for tasks until there are none."""
+def end_mpi(comm: Any) -> None:
+    """On rank 0: tell the other ranks that nothing more will come."""
+    comm.bcast(None)
+
+
+def serve_mpi(comm: Any) -> None:
+    """On the other ranks: do what rank 0 says until it says that nothing more will come."""
+    while (order := comm.bcast(None)) is not None:
+        job, step = order
+        _serve_step(comm, Worker(job), step)
+
+
+def _serve_step(comm: Any, worker: Worker, step: Step) -> None:
+    """Ask rank 0 for tasks until there are none."""
     answer: TaskRecord | AlbertError | None = None
-    worker = Worker(job)
     while True:
         comm.send((comm.rank, answer), dest=0)
         while not comm.iprobe(source=0):
@@ -120,6 +140,6 @@ def serve_mpi(comm: Any, job: Job) -> None:
         if task is None:
             return
         try:
-            answer = worker.run(task)
+            answer = _apply(worker, step, task)
         except AlbertError as error:
             answer = error

@@ -10,7 +10,7 @@ never becomes a copied or mislabelled pair, as it does in Google's and albert_py
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ class TokenizedDocuments:
     """[documents + 1] sentence indices, starting with 0"""
     word_starts: NDArray[np.bool_] | None = None
     """[tokens] where words begin, if that does not follow from the pieces"""
+    breaks: NDArray[np.bool_] | None = None
+    """[sentences + 1] in packed documents, where one of them ends and the next begins"""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class PairPolicy:
     short_seq_prob: float = 0.1
     single_segment: bool = False
     """No pairs: `[CLS] A [SEP]`, masked-language-model only"""
+    keep_single_sentences: bool = True
+    """False drops a chunk of one sentence where it cannot grow, as brightmart's code does"""
 
     @property
     def max_num_tokens(self) -> int:
@@ -98,14 +102,16 @@ def make_pairs(
         policy: how chunks are made.
         rng: the only source of randomness.
     """
-    ends, docs = split_long_sentences(documents, clause_table, policy.max_num_tokens)
+    if policy.keep_single_sentences:
+        documents = split_long_sentences(documents, clause_table, policy.max_num_tokens)
+    ends, docs = documents.sentence_ends, documents.document_ends
     targets = _draw_targets(len(docs) - 1, policy, rng)
     starts, stops = _chunk(ends, docs, targets, policy)
     begin, end = ends[starts], ends[stops]
     if policy.single_segment:
         begin, end = _truncate_one(begin, end, policy.max_num_tokens, rng)
         return Pairs(begin, end, end, end, np.full(len(begin), NO_SENTENCE_ORDER, np.int8))
-    split = _split_points(documents.ids, ends, starts, stops, clause_table, rng)
+    split = _split_points(documents, starts, stops, clause_table, rng)
     a_start, a_end, b_start, b_end = _truncate_pairs(begin, split, end, policy.max_num_tokens, rng)
     b_end = _drop_copies(documents.ids, a_start, a_end, b_start, b_end)
     swap = (rng.random(len(begin)) < 0.5) & (b_end > b_start)
@@ -121,16 +127,12 @@ def make_pairs(
 
 def split_long_sentences(
     documents: TokenizedDocuments, clause_table: NDArray[np.bool_], max_tokens: int
-) -> tuple[Offsets, Offsets]:
-    """Cut sentences of more than `max_tokens` tokens, at the last clause boundary that fits where there is one.
-
-    Returns:
-        Sentence ends and document ends, as in `TokenizedDocuments`.
-    """
+) -> TokenizedDocuments:
+    """Cut sentences of more than `max_tokens` tokens, at the last clause boundary that fits where there is one."""
     ends, docs = documents.sentence_ends, documents.document_ends
     long = np.flatnonzero(np.diff(ends) > max_tokens)
     if not len(long):
-        return ends, docs
+        return documents
     cuts, owners = [], []
     for sentence in long.tolist():
         start, stop = int(ends[sentence]), int(ends[sentence + 1])
@@ -144,7 +146,10 @@ def split_long_sentences(
     position = np.array(owners) + 1
     grown = np.cumsum(np.bincount(owners, minlength=len(ends)))
     shifted = docs + np.concatenate(([0], grown))[docs]
-    return np.insert(ends, position, cuts), shifted
+    breaks = None if documents.breaks is None else np.insert(documents.breaks, position, False)
+    return replace(
+        documents, sentence_ends=np.insert(ends, position, cuts), document_ends=shifted, breaks=breaks
+    )
 
 
 def _draw_targets(num_documents: int, policy: PairPolicy, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -157,11 +162,14 @@ def _draw_targets(num_documents: int, policy: PairPolicy, rng: np.random.Generat
 def _chunk(
     ends: Offsets, docs: Offsets, targets: NDArray[np.int64], policy: PairPolicy
 ) -> tuple[Offsets, Offsets]:
-    """Walk the sentences of every document; returns first and last-but-one sentence of each chunk, [chunks]."""
+    """Walk the sentences of every document; returns the first sentence of each chunk and the one after its last."""
     sentences = np.diff(docs)
     wanted = ends[:-1] + np.repeat(targets, sentences)
-    # next_chunk[i]: where the chunk that begins with sentence i ends, if it may run to the end of its document
-    next_chunk = np.minimum(np.searchsorted(ends, wanted), np.repeat(docs[1:], sentences)).tolist()
+    # next_chunk[i]: where the chunk that begins with sentence i ends
+    reach = np.searchsorted(ends, wanted)
+    if not policy.keep_single_sentences:
+        reach = np.maximum(reach, np.arange(2, len(ends) + 1))
+    next_chunk = np.minimum(reach, np.repeat(docs[1:], sentences)).tolist()
     starts: list[int] = []
     stops: list[int] = []
     limit = policy.max_num_tokens
@@ -172,33 +180,70 @@ def _chunk(
             starts.append(i)
             stops.append(stop)
             i = stop
-        if end - begin > 1 and starts[-1] == end - 1 and ends[end] - ends[starts[-2]] <= limit:
+        if starts[-1] != end - 1:
+            continue
+        if not policy.keep_single_sentences:
+            starts.pop()
+            stops.pop()
+        elif end - begin > 1 and ends[end] - ends[starts[-2]] <= limit:
             starts.pop()  # one sentence is left over and fits into the chunk before it
             stops.pop(-2)
     return np.array(starts, np.int64), np.array(stops, np.int64)
 
 
 def _split_points(
-    ids: NDArray[Any],
-    ends: Offsets,
+    documents: TokenizedDocuments,
     starts: Offsets,
     stops: Offsets,
     clause_table: NDArray[np.bool_],
     rng: np.random.Generator,
 ) -> Offsets:
     """[chunks] token offset where B begins; the end of the chunk where there can be no B."""
+    ends = documents.sentence_ends
     count = stops - starts
     draw = rng.random(len(starts))
     boundary = starts + 1 + (draw * np.maximum(count - 1, 1)).astype(np.int64)
+    for i in _split_on_break(documents, boundary, stops).tolist():
+        # Between two packed documents there is no order to learn: split inside one of them.
+        inside = np.flatnonzero(~documents.breaks[starts[i] + 1 : stops[i]])  # type: ignore[index]
+        boundary[i] = starts[i] + 1 + inside[int(draw[i] * len(inside))] if len(inside) else stops[i]
     split = ends[np.minimum(boundary, stops)]
-    for i in np.flatnonzero(count == 1).tolist():
-        begin, end = int(ends[starts[i]]), int(ends[stops[i]])
-        inner = ids[begin + _MIN_CLAUSE_TOKENS - 1 : max(end - _MIN_CLAUSE_TOKENS, begin)]
-        clauses = np.flatnonzero(clause_table[inner])
-        split[i] = end
-        if len(clauses):
-            split[i] = begin + _MIN_CLAUSE_TOKENS + int(clauses[int(draw[i] * len(clauses))])
+    for i in np.flatnonzero((count == 1) | (boundary >= stops)).tolist():
+        split[i] = _clause_split(documents, int(starts[i]), int(stops[i]), clause_table, float(draw[i]))
     return split
+
+
+def _split_on_break(documents: TokenizedDocuments, boundary: Offsets, stops: Offsets) -> NDArray[np.int64]:
+    """Indices of chunks whose split would fall between two packed documents."""
+    if documents.breaks is None:
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(documents.breaks[np.minimum(boundary, stops)] & (boundary < stops))
+
+
+def _clause_split(
+    documents: TokenizedDocuments, start: int, stop: int, clause_table: NDArray[np.bool_], draw: float
+) -> int:
+    """Token offset of a random clause boundary in sentences `start` to `stop`, or their end if there is none."""
+    ends = documents.sentence_ends
+    begin, end = int(ends[start]), int(ends[stop])
+    inner = documents.ids[begin + _MIN_CLAUSE_TOKENS - 1 : max(end - _MIN_CLAUSE_TOKENS, begin)]
+    clauses = begin + _MIN_CLAUSE_TOKENS + np.flatnonzero(clause_table[inner])
+    clauses = clauses[~np.isin(clauses, ends[start : stop + 1])]
+    return int(clauses[int(draw * len(clauses))]) if len(clauses) else end
+
+
+def pack_documents(documents: TokenizedDocuments, tokens_wanted: int) -> TokenizedDocuments:
+    """Join neighbouring documents until each has `tokens_wanted` tokens, remembering where they meet."""
+    ends = documents.sentence_ends[documents.document_ends]
+    kept = [0]
+    begin = 0
+    for i, end in enumerate(ends[1:].tolist(), 1):
+        if end - begin >= tokens_wanted or i == len(ends) - 1:
+            kept.append(i)
+            begin = end
+    breaks = np.zeros(len(documents.sentence_ends), np.bool_)
+    breaks[documents.document_ends] = True
+    return replace(documents, document_ends=documents.document_ends[kept], breaks=breaks)
 
 
 def _truncate_pairs(

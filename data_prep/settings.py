@@ -29,12 +29,16 @@ class BuildSettings(BaseModel):
     """Longest n-gram, in words."""
     favor_ngram: Literal["shorter", "longer"] = "shorter"
     """shorter: p(n) ~ 1/n as the paper; longer: the reverse."""
+    sop_algorithm: Literal["strict", "google"] = "strict"
+    """What happens to a chunk of one sentence. strict: merged, split at a clause, or kept without an order;
+    google: dropped, as brightmart's code does (Google's and albert_pytorch's make mislabelled pairs of it)."""
     single_segment: bool = False
     """No sentence pairs: masked-language-model only."""
     pack_short_documents: bool = False
     """Join short neighbouring documents, so that examples are longer."""
-    whole_words: Literal["pieces", "jieba"] = "pieces"
-    """Where words begin: at the tokenizer's pieces (Chinese: characters), or as jieba cuts them."""
+    whole_words: Literal["pieces", "none", "jieba"] = "pieces"
+    """Units of masking. pieces: words as the tokenizer marks them (Chinese: characters); none: every token, as
+    albert_pytorch; jieba: Chinese words (pip install jieba)."""
     format: TextFormat = "auto"
     """lines: one sentence per line, blank line between documents; prose: the same with sentence splitting;
     jsonl: one document per line; auto looks at each file."""
