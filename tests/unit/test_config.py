@@ -177,8 +177,10 @@ def test_model_config_round_trip(tmp_path: Path):
 
 def test_foreign_model_configs(tmp_path: Path):
     path = tmp_path / "config.json"
-    path.write_text('{"hidden_act": "gelu", "ln_type": "preln" /**postln or preln**/, "hidden_size": 1024,'
-                    ' "num_attention_heads": 16, "intermediate_size": 4096, "pooler_type": "x", "vocab_size": 21128}')  # fmt: skip
+    path.write_text(
+        '{"hidden_act": "gelu", "ln_type": "preln" /**postln or preln**/, "hidden_size": 1024, "vocab_size": 21128,'
+        ' "num_attention_heads": 16, "intermediate_size": 4096, "pooler_type": "first_token_transform"}'
+    )
     config = read_model_config(path)
     assert (config.layout, config.ln_type, config.hidden_act) == ("brightmart", "preln", "gelu_new")
     path.write_text('{"model_type": "albert", "hidden_act": "gelu", "vocab_size": 30000}')
