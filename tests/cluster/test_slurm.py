@@ -1,0 +1,318 @@
+"""Jobs on a real Slurm with two nodes: the templates, requeue and resume, lost ranks and nodes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from machines import wait_until
+from slurm_cluster import SlurmCluster, tail
+
+ROOT = Path(__file__).parents[2]
+MODEL = shlex.split(
+    "model.vocab_size=600 model.embedding_size=16 model.hidden_size=32 model.num_hidden_layers=2 "
+    "model.num_attention_heads=2 model.intermediate_size=64 model.hidden_dropout_prob=0.1"
+)
+TRAIN = shlex.split(
+    "train.global_batch_size=16 train.micro_batch_size=4 schedule.warmup_steps=4 eval.interval_steps=0 "
+    "log.interval_steps=1 log.progress=off log.tensorboard=false train.peer_timeout_s=60"
+)
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+class Site:
+    """A directory from which jobs are submitted, as a user does."""
+
+    def __init__(self, cluster: SlurmCluster, directory: Path) -> None:
+        self.cluster = cluster
+        self.directory = directory
+        (directory / "cluster.yaml").write_text(
+            "partition: main\ngpus_per_node: 0\ncpus_per_task: 1\ntime: '5'\nsignal_before_end_s: 30\n"
+            "environment: {OMP_NUM_THREADS: '1', DS_ACCELERATOR: cpu}\n"
+        )
+
+    def launch(self, *words: str) -> str:
+        command = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "launcher", *words]
+        return self.cluster.machines.run("ctl", *command, cwd=self.directory)
+
+    def submit(self, *words: str) -> int:
+        return int(self.launch("slurm", "--cluster", "cluster.yaml", *words).splitlines()[-1])
+
+    def log(self, job_id: int) -> str:
+        return tail(next(self.directory.glob(f"slurm-logs/*-{job_id}.log")), 60)
+
+    def history(self, job_id: int) -> list[dict]:
+        path = next(self.directory.glob(f"slurm-logs/*-{job_id}/history.jsonl"))
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def wait_done(self, job_id: int, timeout_s: float = 150) -> dict[str, str]:
+        fields = self.cluster.wait_for_state(
+            job_id, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", timeout_s=timeout_s
+        )
+        assert fields["JobState"] == "COMPLETED", self.log(job_id)
+        return fields
+
+    def wait_for_step(self, run: str, step: int, timeout_s: float = 90) -> None:
+        wait_until(
+            lambda: max(steps(self.directory / run), default=0) >= step, timeout_s, f"{run}: no step {step}"
+        )
+
+
+def steps(run: Path) -> dict[int, float]:
+    """Loss of every step that was logged."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+
+
+@pytest.fixture
+def site(slurm, tmp_path) -> Site:
+    return Site(slurm, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def shards(slurm, text, tokenizer, tmp_path_factory) -> Path:
+    """A dataset built by an MPI job from the template, submitted by hand."""
+    directory = tmp_path_factory.mktemp("shards")
+    (directory / "slurm-logs").mkdir()
+    build = ["build", "--mpi", "--input", text, "--tokenizer", tokenizer, "--output", directory / "data"]
+    options = ["--parsable", "--nodes=2", "--ntasks-per-node=2", "--time=5"]
+    settings = ["--max-seq-length", "32", "--eval-fraction", "0.1"]
+    slurm.machines.variables["PYTHONPATH"] = str(ROOT)
+    template = slurm_template(directory, "data_prep")
+    answer = slurm.machines.run("ctl", "sbatch", *options, template, *build, *settings, cwd=directory)
+    site = Site(slurm, directory)
+    site.wait_done(int(answer))
+    return directory / "data"
+
+
+def slurm_template(directory: Path, name: str) -> Path:
+    """A template as somebody edits it by hand: only the interpreter is changed."""
+    text = (ROOT / f"slurm/{name}.sbatch").read_text()
+    path = directory / f"{name}.sbatch"
+    path.write_text(re.sub(r"^python=python3$", f"python={sys.executable}", text, flags=re.MULTILINE))
+    return path
+
+
+def pretrain(run: str, shards: Path, num_steps: int = 60) -> list[str]:
+    paths = [f"data.directory={shards}", f"train.output_dir={run}", f"train.num_steps={num_steps}"]
+    return ["--config", "demo", *paths, *MODEL, *TRAIN, "checkpoint.interval_steps=1000"]
+
+
+@pytest.fixture(scope="session")
+def straight(slurm, shards, tmp_path_factory) -> Path:
+    """The run that nothing interrupts."""
+    site = Site(slurm, tmp_path_factory.mktemp("straight"))
+    job = site.submit("--nodes", "2", "--ranks-per-node", "1", "pretrain", *pretrain("run", shards))
+    site.wait_done(job)
+    return site.directory / "run"
+
+
+def assert_same_run(run: Path, straight: Path) -> None:
+    """Bitwise: every loss that was logged, and the final weights."""
+    assert steps(run) == steps(straight)
+    name = "model/model.safetensors"
+    assert (run / name).read_bytes() == (straight / name).read_bytes()
+
+
+def finetune_data(directory: Path) -> Path:
+    directory.mkdir()
+    rows = [
+        f"the {word} is {state}\tthe {other} is {state}\t{int(word == other)}"
+        for word, other, state in _pairs()
+    ]
+    for split in ("train", "dev"):
+        (directory / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    return directory
+
+
+def _pairs() -> list[tuple[str, str, str]]:
+    words, states = ("file", "path", "logger", "parser"), ("open", "closed", "new")
+    return [(word, other, state) for word in words for other in words for state in states]
+
+
+def test_data_pretrain_requeue_resume_finetune_as_one_chain(site, text, tokenizer, straight):
+    build = ["build", "--mpi", "--input", str(text), "--tokenizer", str(tokenizer), "--output", "data"]
+    build += ["--max-seq-length", "32", "--eval-fraction", "0.1"]
+    two = ["--nodes", "2", "--ranks-per-node"]
+    data = site.submit(*two, "2", "--hold", "data", *build)
+    pretraining = site.submit(*two, "1", "--after", str(data), "pretrain", *pretrain("run", Path("data")))
+    pairs = finetune_data(site.directory / "pairs")
+    tuned = shlex.split(
+        f"--task lcqmc --data-dir {pairs} --model run/model --output tuned --do-train --do-eval "
+        "--max-steps 4 --batch-size 8 --max-seq-length 32 --device cpu --progress off"
+    )
+    fine_tuning = site.submit("--after", str(pretraining), "finetune", *tuned)
+    waiting = site.launch("slurm", "status").splitlines()
+    assert [line.split()[:3] for line in sorted(waiting[1:])] == [
+        [str(data), "albert-data", "PENDING"],
+        [str(pretraining), "albert-pretrain", "PENDING"],
+        [str(fine_tuning), "albert-finetune", "PENDING"],
+    ]
+    site.cluster.machines.run("ctl", "scontrol", "release", str(data))
+    site.wait_for_step("run", 10)
+    site.cluster.machines.run("ctl", "scontrol", "requeue", str(pretraining))
+    for job in (data, pretraining, fine_tuning):
+        site.wait_done(job)
+    assert [entry["exit_code"] for entry in site.history(pretraining)] == [75, 0]
+    assert_same_run(site.directory / "run", straight)
+    assert json.loads((site.directory / "tuned/results.json").read_text())
+    row = site.launch("slurm", "status", str(pretraining)).splitlines()[1].split()
+    assert row[:4] == [str(pretraining), "albert-pretrain", "COMPLETED", "60"]
+    assert row[6] == "1"
+    restarts = sorted(site.directory.glob(f"slurm-logs/albert-pretrain-{pretraining}/restart-*/rank-1.log"))
+    assert len(restarts) == 2
+
+
+def test_the_warning_before_the_time_limit_commits_and_requeues(site, shards, straight):
+    job = site.submit("--nodes", "2", "--ranks-per-node", "1", "pretrain", *pretrain("run", shards))
+    site.wait_for_step("run", 8)
+    site.cluster.machines.run("ctl", "scancel", "--signal=USR1", "--batch", str(job))
+    site.wait_done(job)
+    first, second = site.history(job)
+    assert (first["exit_code"], second["exit_code"]) == (75, 0)
+    assert first["step"] >= 8
+    assert "resumed on 2 ranks" in (site.directory / "run/metrics.jsonl").read_text()
+    assert_same_run(site.directory / "run", straight)
+    assert "launcher: requeued; goes on from the last committed checkpoint" in site.log(job)
+
+
+def test_a_killed_rank_is_named_and_the_job_goes_on(site, shards, straight):
+    words = pretrain("run", shards)
+    words[words.index("checkpoint.interval_steps=1000")] = "checkpoint.interval_steps=5"
+    job = site.submit("--nodes", "2", "--ranks-per-node", "1", "pretrain", *words)
+    site.wait_for_step("run", 8)
+    record = next(site.directory.glob(f"slurm-logs/*-{job}/restart-0/rank-1.started.json"))
+    site.cluster.machines.run("node2", "kill", "-9", str(json.loads(record.read_text())["child"]))
+    began_at = time.monotonic()
+    wait_until(
+        lambda: list(site.directory.glob(f"slurm-logs/*-{job}/history.jsonl")), 60, "no end was recorded"
+    )
+    assert time.monotonic() - began_at < 60
+    site.wait_done(job)
+    first = site.history(job)[0]
+    assert first["exit_code"] == 76
+    assert first["cause"].startswith("rank 1 on node2 was killed by SIGKILL")
+    assert first["step"] >= 5
+    assert steps(site.directory / "run") == steps(straight)
+
+
+MIXED = [
+    lambda site, job: site.cluster.machines.run("ctl", "scontrol", "requeue", str(job)),
+    lambda site, job: site.cluster.machines.run("ctl", "scancel", "--signal=USR1", "--batch", str(job)),
+    lambda site, job: site.cluster.machines.run("ctl", "scancel", "--signal=TERM", f"{job}.0"),
+]
+
+
+@pytest.mark.slow
+def test_ten_requeues_in_a_row_repeat_and_lose_nothing(site, shards, straight):
+    job = site.submit("--nodes", "2", "--ranks-per-node", "1", "pretrain", *pretrain("run", shards))
+    for number in range(10):
+        site.wait_for_step("run", 3 + 5 * number)
+        MIXED[number % len(MIXED)](site, job)
+        wait_until(
+            lambda done=number: len(site.history(job)) > done, 60, f"requeue {number} was not recorded"
+        )
+    site.wait_done(job)
+    history = site.history(job)
+    assert [entry["exit_code"] for entry in history] == [75] * 10 + [0]
+    committed = [entry["step"] for entry in history]
+    assert committed == sorted(set(committed))
+    lines = [json.loads(line) for line in (site.directory / "run/metrics.jsonl").read_text().splitlines()]
+    trained = [line["step"] for line in lines if line["kind"] == "train"]
+    assert trained == list(range(1, 61))  # no step was done twice
+    assert_same_run(site.directory / "run", straight)
+
+
+@pytest.mark.slow
+def test_a_real_time_limit_is_survived(site, shards, straight):
+    text = (site.directory / "cluster.yaml").read_text()
+    (site.directory / "cluster.yaml").write_text(text.replace("time: '5'", "time: '1'"))
+    words = [*pretrain("run", shards, 3000), "schedule.warmup_steps=4"]
+    job = site.submit("--nodes", "2", "--ranks-per-node", "1", "pretrain", *words)
+    wait_until(
+        lambda: list(site.directory.glob(f"slurm-logs/*-{job}/history.jsonl")), 120, "no time limit came"
+    )
+    first = site.history(job)[0]
+    assert first["exit_code"] == 75
+    assert int(signal.SIGUSR1) in first["signals"]
+    site.wait_for_step("run", first["step"] + 1)
+    site.cluster.machines.run("ctl", "scancel", str(job))
+    site.cluster.wait_for_state(job, "CANCELLED")
+    lines = [json.loads(line) for line in (site.directory / "run/metrics.jsonl").read_text().splitlines()]
+    trained = [line["step"] for line in lines if line["kind"] == "train"]
+    assert trained == list(range(1, len(trained) + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["power", "cable"])
+def test_a_lost_node_requeues_the_job_and_the_run_goes_on(site, shards, straight, fault):
+    words = pretrain("run", shards)
+    words[words.index("checkpoint.interval_steps=1000")] = "checkpoint.interval_steps=5"
+    words[words.index("train.peer_timeout_s=60")] = "train.peer_timeout_s=20"
+    job = site.submit("--nodes", "2", "--ranks-per-node", "1", "pretrain", *words)
+    site.wait_for_step("run", 8)
+    began_at = time.monotonic()
+    machines = site.cluster.machines
+    machines.power_off("node2") if fault == "power" else machines.unplug("node2")
+    wait_until(
+        lambda: site.cluster.job(job)["JobState"] in ("PENDING", "COMPLETING"),
+        90,
+        "the job was not requeued",
+        0.5,
+    )
+    assert time.monotonic() - began_at < 60
+    if fault == "power":
+        machines.boot("node2")
+        site.cluster.start_node("node2")
+    else:
+        machines.plug("node2")
+    site.cluster.wait_for_nodes()
+    site.wait_done(job, 240)
+    assert steps(site.directory / "run") == steps(straight)
+
+
+def test_a_cancelled_job_commits_and_does_not_come_back(site, shards):
+    job = site.submit("--nodes", "2", "--ranks-per-node", "1", "pretrain", *pretrain("run", shards, 5000))
+    site.wait_for_step("run", 5)
+    site.cluster.machines.run("ctl", "scancel", str(job))
+    site.cluster.wait_for_state(job, "CANCELLED")
+    assert (site.directory / "run/checkpoints/latest").exists()
+    time.sleep(2)
+    assert site.cluster.job(job)["JobState"] == "CANCELLED"
+
+
+def test_mistakes_are_found_before_submitting(site, shards):
+    (site.directory / "cluster.yaml").write_text("partition: nowhere\ngpus_per_node: 0\n")
+    with pytest.raises(AssertionError, match=r"error: sbatch refused: .*[Ii]nvalid partition"):
+        site.submit("--ranks-per-node", "1", "pretrain", *pretrain("run", shards))
+    (site.directory / "cluster.yaml").write_text("gpus_per_node: 0\n")
+    with pytest.raises(AssertionError, match=r"x world_size \(3\)"):
+        site.submit("--nodes", "3", "--ranks-per-node", "1", "pretrain", *pretrain("run", shards))
+
+
+def test_hostile_arguments_reach_the_program_literally(site):
+    words = [
+        "--task",
+        "a b",
+        "--x=$(touch canary)",
+        "`touch canary`",
+        "; touch canary",
+        "'",
+        '"',
+        "\\",
+        "é漢",
+        "*",
+    ]
+    job = site.submit("finetune", *words)
+    site.cluster.wait_for_state(job, "FAILED")
+    assert "unrecognized arguments: " + " ".join(words[2:]) in site.log(job)
+    assert not list(site.directory.rglob("canary"))
