@@ -7,7 +7,6 @@ which disappears when the manifest is written.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -113,9 +112,26 @@ def _build(request: BuildRequest, comm: Any) -> Manifest:
             write_file_durably(work / f"task-{record.task:05d}.json", [data])
             records[record.task] = record
         manifest = _assemble([records[task.index] for task in tasks], tokenizer, description)
+        if not manifest.totals.get("train.examples"):
+            _refuse_nothing(output, manifest)
         write_manifest(output, manifest)
     shutil.rmtree(work)
     return manifest
+
+
+def _refuse_nothing(output: Path, manifest: Manifest) -> None:
+    """Remove a dataset without a training example.
+
+    Raises:
+        MissingInputError: always; says what became of the documents.
+    """
+    shutil.rmtree(output)
+    totals = manifest.totals
+    rejected = {k.removeprefix("rejected."): v for k, v in totals.items() if k.startswith("rejected.")}
+    raise MissingInputError(
+        f"the input yields no training example: {totals.get('documents_in', 0)} documents, "
+        f"rejected {rejected or 'none'}, held out {totals.get('eval.documents', 0)}"
+    )
 
 
 def _run(job: Job, step: Step, tasks: Sequence[Task], num_workers: int, comm: Any) -> Iterator[TaskRecord]:
@@ -270,19 +286,10 @@ def _progress(
 
 
 def _assemble(records: Sequence[TaskRecord], tokenizer: Tokenizer, description: dict[str, Any]) -> Manifest:
-    """The manifest of all tasks, in their order.
-
-    Raises:
-        MissingInputError: not one example came out.
-    """
+    """The manifest of all tasks, in their order."""
     counts: Counter[str] = Counter()
     for record in records:
         counts.update(record.counts)
-    if not counts["train.examples"]:
-        rejected = {k.removeprefix("rejected."): v for k, v in counts.items() if k.startswith("rejected.")}
-        raise MissingInputError(
-            f"the input yields no training example: {counts['documents_in']} documents, rejected {rejected or 'none'}"
-        )
     name = SENTENCEPIECE_FILE if tokenizer.kind == "sentencepiece" else WORDPIECE_FILE
     shards = [shard for record in records for shard in record.shards]
     return Manifest(
@@ -290,7 +297,7 @@ def _assemble(records: Sequence[TaskRecord], tokenizer: Tokenizer, description: 
         tokenizer=TokenizerEntry(
             kind=tokenizer.kind,
             file=f"tokenizer/{name}",
-            sha256=hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
+            sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
         ),
         settings=description,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import re
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 BATCH_BYTES = 2 << 20
 """Text read at once. Together with MAX_DOCUMENT_BYTES it bounds the memory of a worker."""
+_COMPRESSED_BYTES = 1 << 14
+"""Compressed bytes that are expanded at once."""
 MAX_DOCUMENT_BYTES = 4 << 20
 """A longer document is cut into parts that count as documents of their own."""
 
@@ -60,8 +63,44 @@ def open_text(path: Path) -> IO[bytes] | gzip.GzipFile:
     if path.suffix == ".bz2":
         return bz2.open(path, "rb")
     if path.suffix == ".zst":
-        return zstandard.open(path, "rb")
+        return io.BufferedReader(_ZstandardFile(path), BATCH_BYTES)
     return path.open("rb")
+
+
+class _ZstandardFile(io.RawIOBase):
+    """Frames one after the other. The library's own reader takes a truncated file for a complete one."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        while not self._ready:
+            if self._frame is not None and self._frame.eof:
+                rest, self._frame = self._frame.unused_data, None
+            else:
+                rest = b""
+            data = rest or self._file.read(_COMPRESSED_BYTES)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            self._ready = memoryview(self._frame.decompress(data))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def read_head(path: Path, size: int = 1 << 18) -> bytes:

@@ -10,6 +10,25 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 TextFormat = Literal["auto", "lines", "prose", "jsonl"]
 
 
+_ASCII = bytes(range(128))
+
+
+def _check_encoding(name: str) -> None:
+    """Files are cut into byte ranges at line ends, so ASCII bytes must mean themselves.
+
+    Raises:
+        ValueError: the encoding is unknown or is not like that.
+    """
+    try:
+        keeps_ascii = _ASCII.decode(name) == _ASCII.decode("ascii")
+    except LookupError:
+        raise ValueError(f"no encoding '{name}' is known; for example utf-8, gb18030, latin-1") from None
+    except UnicodeDecodeError:
+        keeps_ascii = False
+    if not keeps_ascii:
+        raise ValueError(f"{name} does not keep ASCII bytes as they are; convert the files with iconv")
+
+
 class BuildSettings(BaseModel):
     """All settings that change the output; the number of workers does not and is not here."""
 
@@ -57,6 +76,7 @@ class BuildSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        _check_encoding(self.encoding)
         limit = self.max_seq_length - 3
         if self.max_predictions_per_seq is not None and self.max_predictions_per_seq > limit:
             raise ValueError(
