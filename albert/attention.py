@@ -80,10 +80,13 @@ def _attend_flash(qkv: Tensor, layout: PackedLayout) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     head_dim = qkv.shape[-1]
-    padded = F.pad(qkv, (0, -head_dim % _FLASH_HEAD_DIM_STEP)) if head_dim % _FLASH_HEAD_DIM_STEP else qkv
+    missing = -head_dim % _FLASH_HEAD_DIM_STEP
+    padded = F.pad(qkv, (0, missing)) if missing else qkv
     query, key, value = padded.unbind(1)
+    if missing:  # the kernel scales by the padded size
+        query = query * ((head_dim + missing) / head_dim) ** 0.5
     bounds, longest = layout.cu_seqlens, layout.max_length
-    output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=head_dim**-0.5)
+    output = varlen_attn(query, key, value, bounds, bounds, longest, longest)
     return cast(Tensor, output).narrow(-1, 0, head_dim).flatten(1)
 
 

@@ -5,7 +5,7 @@ All take packed batches. Where Hugging Face has the same head the logits are the
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +53,14 @@ class AlbertHead(nn.Module):
     def activation_checkpointing(self, enabled: bool) -> None:
         self.albert.encoder.activation_checkpointing = enabled
 
-    def compile_layers(self) -> None:
-        """Compile the blocks; a block that is applied many times is compiled once."""
+    def compile_layers(self, **options: Any) -> None:
+        """Compile the blocks; code that many layer uses share is compiled once.
+
+        Args:
+            options: of `torch.compile`.
+        """
         for block in (*self.albert.encoder.attention, *self.albert.encoder.feed_forward):
-            block.compile()
+            block.compile(**options)
 
 
 class MaskedLanguageHead(nn.Module):
