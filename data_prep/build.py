@@ -114,6 +114,7 @@ def _build(request: BuildRequest, comm: Any) -> Manifest:
         manifest = _assemble([records[task.index] for task in tasks], tokenizer, description)
         if not manifest.totals.get("train.examples"):
             _refuse_nothing(output, manifest)
+        _remove_leftovers(output)
         write_manifest(output, manifest)
     shutil.rmtree(work)
     return manifest
@@ -222,9 +223,14 @@ def _begin_or_resume(output: Path, work: Path, description: dict[str, Any]) -> N
         _refuse_difference(output, json.loads(path.read_bytes()), description)
     else:
         write_file_durably(path, [json.dumps(description, indent=1).encode()])
-    for directory in (output, work):
+    _remove_leftovers(output, work)
+
+
+def _remove_leftovers(*directories: Path) -> None:
+    """Remove what a killed writer left half-written."""
+    for directory in directories:
         for leftover in directory.glob("*.tmp-*"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
 
 
 def _read_records(work: Path) -> dict[int, TaskRecord]:
