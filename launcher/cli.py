@@ -11,8 +11,10 @@ from typing import NoReturn
 from albert.errors import ConfigError, run_command
 from launcher.checks import check_num_ranks, check_pretrain
 from launcher.demo import add_demo_command
+from launcher.hosts_cli import add_hosts_command
 from launcher.job import PROGRAMS, Job
 from launcher.local import plan_local, run_local
+from launcher.plan_cli import add_plan_command
 from launcher.slurm_cli import add_slurm_command
 
 _EXAMPLES = """\
@@ -28,7 +30,7 @@ start it again to go on. Exit codes: 0 done, 65 bad data, 66 missing input, 70 n
 75 stopped, 76 a rank was lost, 77 refused, 78 configuration.
 """
 
-_ABSENT = ("hosts", "preflight", "plan")
+_ABSENT = ("preflight",)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_program(local)
     local.set_defaults(run=_run_local)
     add_demo_command(places)
+    add_hosts_command(places)
     add_slurm_command(places)
+    add_plan_command(places)
     for name in _ABSENT:
         absent = places.add_parser(name, help="not available in this version", prefix_chars="\0")
         absent.add_argument("arguments", nargs="*")

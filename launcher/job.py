@@ -43,6 +43,9 @@ class Job:
     log_directory: str | None = None
     """Where each rank writes rank-N.log; rank 0 is shown on the terminal besides."""
 
+    polls_signals: bool = False
+    """Whether ranks look for signals in the status directory, because nobody can send them any."""
+
     def command(self) -> list[str]:
         """What a rank runs."""
         return [sys.executable, "-u", "-m", self.module, *self.arguments]
@@ -66,6 +69,7 @@ class Job:
                 environment=tuple((str(key), str(value)) for key, value in raw["environment"]),
                 status_directory=raw["status_directory"],
                 log_directory=raw["log_directory"],
+                polls_signals=bool(raw["polls_signals"]),
             )
         except (binascii.Error, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--job: '{word[:40]}' is not a job; only the launcher makes them") from error

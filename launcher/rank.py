@@ -24,8 +24,9 @@ from albert.errors import ConfigError, run_command
 from launcher.job import Job
 from launcher.outcome import RankEnd
 from launcher.process import child_setup, die_with_parent, signals_held, start_time
-from launcher.records import write_record
+from launcher.records import read_signals, write_record
 
+_POLL_S = 1.0
 _PLACES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -60,16 +61,22 @@ def run_rank(job: Job, environment: Mapping[str, str]) -> RankEnd:
     place = rank_place(environment)
     rank = int(place["RANK"])
     with signals_held() as held:
-        child = _start(job, rank, {**environment, **dict(job.environment), **place})
+        child = _start(job, rank, {**threads(environment), **environment, **dict(job.environment), **place})
         pump = _follow(child, job, rank)
         pids = {"pid": os.getpid(), "started": start_time(os.getpid())}
         child_pids = {"child": child.pid, "child_started": start_time(child.pid)}
         if job.status_directory is not None:
             write_record(job.status_directory, rank, "started", {**pids, **child_pids})
         sent: list[int] = []
+        num_seen = 0
         while child.poll() is None:
-            number = signal.sigwait(held)
-            if number != signal.SIGCHLD:
+            received = signal.sigtimedwait(held, _POLL_S) if job.polls_signals else signal.sigwaitinfo(held)
+            numbers = [received.si_signo] if received and received.si_signo != signal.SIGCHLD else []
+            if job.polls_signals and job.status_directory is not None:
+                asked = read_signals(job.status_directory)
+                numbers += asked[num_seen:] if signal.SIGKILL not in asked else [signal.SIGKILL]
+                num_seen = len(asked)
+            for number in numbers:
                 child.send_signal(number)
                 sent.append(int(number))
     if pump is not None:
@@ -79,6 +86,13 @@ def run_rank(job: Job, environment: Mapping[str, str]) -> RankEnd:
         fields = {"host": end.host, "code": end.code, "at": end.at, "sent": sent}
         write_record(job.status_directory, rank, "ended", fields)
     return end
+
+
+def threads(environment: Mapping[str, str]) -> dict[str, str]:
+    """OMP_NUM_THREADS: this host's cores, divided among its ranks."""
+    names = ("LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+    num_ranks = next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), 1)
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_ranks))}
 
 
 def _start(job: Job, rank: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:

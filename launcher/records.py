@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.outcome import RankEnd
+
+_SIGNALS = "signals.json"
 
 
 def write_record(directory: str | Path, rank: int, event: str, fields: dict[str, Any]) -> None:
@@ -29,3 +32,18 @@ def read_ends(directory: Path) -> list[RankEnd]:
         RankEnd(rank, end["host"], end["code"], end["at"], tuple(end["sent"]))
         for rank, end in read_records(directory, "ended").items()
     ]
+
+
+def write_signals(directory: Path, numbers: Sequence[int]) -> None:
+    """Leave the signals that came so far for ranks that no signal reaches."""
+    hidden = directory / f"{_SIGNALS}.tmp"
+    hidden.write_text(json.dumps(list(numbers)))
+    hidden.rename(directory / _SIGNALS)
+
+
+def read_signals(directory: str | Path) -> list[int]:
+    """Signals that came so far."""
+    try:
+        return [int(number) for number in json.loads((Path(directory) / _SIGNALS).read_text())]
+    except FileNotFoundError:
+        return []

@@ -19,6 +19,8 @@ from launcher.records import read_ends, read_records
 
 PEER_GRACE_S = 30.0
 """How long the other ranks may go on once one has failed; they notice a lost peer by themselves."""
+KILL_S = 15.0
+"""How long killed ranks may take to be recorded; one on a host that has vanished never is."""
 KILLING_INTERRUPTS = 3
 """So many times Ctrl-C kills the ranks instead of waiting for their checkpoint."""
 
@@ -81,6 +83,7 @@ class RankWatch:
         self._reach = reach
         self._killed: set[int] = set()
         self._failed_at: float | None = None
+        self._killed_at: float | None = None
         self.asked: list[int] = []
         """Signals that came so far."""
 
@@ -97,6 +100,9 @@ class RankWatch:
                 self._reach.pass_on(self.asked)
             if self._is_over():
                 self._killed |= self._reach.kill()
+                self._killed_at = self._killed_at or time.monotonic()
+                if time.monotonic() - self._killed_at > KILL_S:
+                    break  # a host that has vanished records nothing
         with contextlib.suppress(subprocess.TimeoutExpired):
             starter.wait(timeout=5)
         kill_session(starter.pid)

@@ -234,7 +234,7 @@ def test_ten_requeues_in_a_row_repeat_and_lose_nothing(site, shards):
         committed = site.history(job)[-1]["step"]
     site.wait_done(job, 300)
     history = site.history(job)
-    assert [entry["exit_code"] for entry in history] == [75] * 10 + [0]
+    assert [(entry["exit_code"], entry["cause"]) for entry in history] == [(75, None)] * 10 + [(0, None)]
     assert trained_steps(site.directory / "run") == list(range(1, 601))  # none was done twice, none left out
     assert_same_run(site.directory / "run", site.directory / "straight")
 

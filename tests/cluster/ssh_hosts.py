@@ -1,0 +1,65 @@
+"""Hosts of `machines` with a real sshd each; keys and configuration are private to them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from machines import PATH, Machines, wait_until
+
+COMMANDS = ("sshd", "ssh", "ssh-keygen", "pdsh", "ompi_info")
+_CLIENT = """
+Host *
+  IdentityFile /etc/ssh/id
+  StrictHostKeyChecking no
+  UserKnownHostsFile /dev/null
+  LogLevel ERROR
+  ConnectTimeout 5
+"""
+_SERVER = """
+Port 22
+HostKey /etc/ssh/host_key
+AuthorizedKeysFile /etc/ssh/authorized_keys
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+UsePAM no
+StrictModes no
+UseDNS no
+PidFile /run/sshd.pid
+SetEnv PATH={path}
+"""
+
+
+class SshHosts:
+    """`ctl` and nodes that reach each other by ssh."""
+
+    def __init__(self, nodes: Sequence[str] = ("node1", "node2")) -> None:
+        self.machines = Machines(nodes)
+        etc = self.machines.directory / "etcssh"
+        (etc / "ssh_config.d").mkdir(parents=True)
+        for name in ("host_key", "id"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", etc / name], check=True)
+        shutil.copy(etc / "id.pub", etc / "authorized_keys")
+        (etc / "ssh_config").write_text(_CLIENT)
+        path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        (etc / "sshd_config").write_text(_SERVER.format(path=path))
+        for name in self.machines.names:
+            self.machines.boot(name)
+            self.machines.run(name, shutil.which("sshd", path=PATH))
+        self.hostfile = self.machines.directory / "hostfile"
+        self.hostfile.write_text("".join(f"{name} slots=1\n" for name in nodes))
+        for name in nodes:
+            wait_until(
+                lambda host=name: (
+                    self.machines.run("ctl", "ssh", host, "hostname", check=False).strip() == host
+                ),
+                10,
+                f"no ssh to {name}",
+            )
+
+    def close(self) -> None:
+        self.machines.close()
