@@ -4,17 +4,20 @@
 that wrote it. Tensors are full fp32 weights and moments, dealt over the ranks by size, so any number of ranks
 and any ZeRO stage loads any checkpoint.
 
-Commit: every rank writes its file into `step-N.tmp-*`, hashing while writing, and syncs it; rank 0 writes the
-manifest with all hashes, renames the directory, syncs its parent, moves the pointer `latest`, and only then
-removes older checkpoints. A crash at any moment leaves the previous checkpoint untouched.
+Commit: every rank copies its tensors and a thread writes them into `step-N.tmp`, hashing and syncing, while the
+training goes on; when the files of all ranks are there, rank 0 writes the manifest with all hashes, renames the
+directory, syncs its parent, moves the pointer `latest`, and only then removes older checkpoints. A crash at any
+moment leaves the previous checkpoint untouched.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ POINTER_NAME = "latest"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY_NAME = re.compile(r"step-\d{8,}\.tmp")
 _PARTS = ("weights", "exp_avg", "exp_avg_sq")
+_SPACE_FACTOR = 1.05
 
 
 class FileEntry(BaseModel):
@@ -116,59 +120,99 @@ def deal_over_ranks(sizes: Mapping[str, int], world_size: int) -> dict[str, int]
     return owners
 
 
-def save(
-    directory: Path,
-    state: TrainingState,
-    tensors: Iterable[tuple[str, str, Tensor]],
-    shapes: Mapping[str, torch.Size],
-    world: World,
-    extra_files: Mapping[str, bytes],
-    keep_last: int,
-) -> Path:
-    """Commit one checkpoint. Collective.
+class Save:
+    """One checkpoint on its way to disk: taken now, written by a thread, committed by all ranks together."""
 
-    Args:
-        directory: of the run's checkpoints, shared by all ranks.
-        state: equal on all ranks.
-        tensors: (part, name, full tensor) in equal order on all ranks; see `Engine.gather_state`.
-        shapes: of every parameter.
-        world: the ranks.
-        extra_files: small files that rank 0 adds, such as config.json and the tokenizer.
-        keep_last: newest checkpoints that stay.
+    def __init__(
+        self,
+        directory: Path,
+        state: TrainingState,
+        tensors: Iterable[tuple[str, str, Tensor]],
+        shapes: Mapping[str, torch.Size],
+        world: World,
+    ) -> None:
+        """Copy this rank's share of the tensors and begin to write it. Collective.
 
-    Raises:
-        DiskError: any rank could not write; earlier checkpoints are untouched.
-    """
-    final = step_directory(directory, state.step)
-    temporary = final.with_name(f"{final.name}.tmp")
-    owners = deal_over_ranks({name: shape.numel() for name, shape in shapes.items()}, world.size)
-    mine = {f"{part}/{name}": tensor for part, name, tensor in tensors if owners[name] == world.rank}
+        Args:
+            directory: of the run's checkpoints, shared by all ranks.
+            state: equal on all ranks.
+            tensors: (part, name, full tensor) in equal order on all ranks; see `Engine.gather_state`.
+            shapes: of every parameter.
+            world: the ranks.
 
-    def stage() -> None:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+        Raises:
+            DiskError: there is no space or no permission; earlier checkpoints are untouched.
+        """
+        self.final = step_directory(directory, state.step)
+        self.state = state
+        self._temporary = self.final.with_name(f"{self.final.name}.tmp")
+        self._world = world
+        sizes = {name: shape.numel() for name, shape in shapes.items()}
+        owners = deal_over_ranks(sizes, world.size)
+        self._mine = {
+            f"{part}/{name}": tensor.clone() for part, name, tensor in tensors if owners[name] == world.rank
+        }
+        num_bytes = len(_PARTS) * 4 * sum(sizes.values())
+        _on_all_ranks(lambda: self._stage(num_bytes), directory)
+        self._row = torch.zeros(5, dtype=torch.int64)
+        self._problem: OSError | None = None
+        self._writer = threading.Thread(target=self._write, name="checkpoint-writer")
+        self._writer.start()
 
-    _on_all_ranks(stage, directory)
-    row = torch.zeros(5, dtype=torch.int64)
+    @property
+    def is_written(self) -> bool:
+        """True when this rank's file is on disk, or could not be written."""
+        return not self._writer.is_alive()
 
-    def write() -> None:
-        data = safetensors.torch.save(mine)
-        sha256 = write_file_durably(temporary / _rank_file(world.rank, world.size), [data])
-        row[0] = len(data)
-        row[1:] = torch.frombuffer(bytearray.fromhex(sha256), dtype=torch.int64)
+    def commit(self, extra_files: Mapping[str, bytes], keep_last: int, keep_every: int) -> Path:
+        """Wait for the files of all ranks and commit them. Collective.
 
-    _on_all_ranks(write, directory)
-    rows = gather_rows(row)
+        Args:
+            extra_files: small files that rank 0 adds, such as config.json and the tokenizer.
+            keep_last: newest checkpoints that stay.
+            keep_every: steps that are multiples of this stay too; 0 for none.
 
-    def commit() -> None:
-        if world.is_main:
-            _commit(temporary, final, state, rows, extra_files)
+        Raises:
+            DiskError: any rank could not write; earlier checkpoints are untouched.
+        """
+        self._writer.join()
+        directory = self.final.parent
+        _on_all_ranks(self._raise_problem, directory)
+        rows = gather_rows(self._row)
 
-    _on_all_ranks(commit, directory)
-    if world.is_main:
-        _remove_old(directory, keep_last)
-    return final
+        def commit() -> None:
+            if self._world.is_main:
+                _commit(self._temporary, self.final, self.state, rows, extra_files)
+
+        _on_all_ranks(commit, directory)
+        if self._world.is_main:
+            _remove_old(directory, keep_last, keep_every)
+        return self.final
+
+    def _stage(self, num_bytes: int) -> None:
+        if not self._world.is_main:
+            return
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        free_bytes = shutil.disk_usage(self._temporary).free
+        if free_bytes < num_bytes * _SPACE_FACTOR:
+            message = f"{free_bytes >> 20} MiB are free, a checkpoint needs {num_bytes >> 20}"
+            raise OSError(errno.ENOSPC, message, str(self.final.parent))
+
+    def _write(self) -> None:
+        try:
+            data = safetensors.torch.save(self._mine)
+            self._mine.clear()
+            path = self._temporary / _rank_file(self._world.rank, self._world.size)
+            sha256 = write_file_durably(path, [data])
+            self._row[0] = len(data)
+            self._row[1:] = torch.frombuffer(bytearray.fromhex(sha256), dtype=torch.int64)
+        except OSError as error:
+            self._problem = error
+
+    def _raise_problem(self) -> None:
+        if self._problem:
+            raise self._problem
 
 
 def _rank_file(rank: int, world_size: int) -> str:
@@ -213,9 +257,11 @@ def _commit(
     write_file_durably(final.parent / POINTER_NAME, [f"{final.name}\n".encode()])
 
 
-def _remove_old(directory: Path, keep_last: int) -> None:
-    """Remove all but the newest checkpoints, and what interrupted saves left; never anything else."""
+def _remove_old(directory: Path, keep_last: int, keep_every: int) -> None:
+    """Remove checkpoints that are neither new nor to be kept, and what interrupted saves left; nothing else."""
     for step in list_steps(directory)[:-keep_last]:
+        if keep_every and step % keep_every == 0:
+            continue
         # Renamed first, so that a crash in between leaves no half checkpoint under a committed name.
         doomed = step_directory(directory, step)
         shutil.rmtree(doomed.rename(doomed.with_name(f"{doomed.name}.tmp")), ignore_errors=True)

@@ -127,6 +127,10 @@ class CheckpointConfig(_Section):
     interval_steps: int = Field(default=1000, ge=1)
     keep_last: int = Field(default=3, ge=1)
     """Newest checkpoints kept."""
+    keep_every: int = Field(default=0, ge=0)
+    """Keep every checkpoint whose step is a multiple of this for ever; 0 for none."""
+    asynchronous: bool = True
+    """Write in the background while training goes on; false waits for the disk at every save."""
     resume: Literal["auto", "required", "never"] = "auto"
     """auto goes on from the newest checkpoint that verifies, or starts; required fails without one;
     never refuses a directory that has one."""

@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
 from albert.config import RunConfig, load_run_config, recipe_names
 from albert.deepspeed_config import build_deepspeed_config
 from albert.errors import ConfigError, PreemptedError, run_command
+from albert.run_lock import lock_run_directory
 from albert.shards import Manifest, read_manifest, write_file_durably
 from albert.stopping import StopRequest
 
@@ -106,6 +107,7 @@ def _train(
     from albert.trainer import Trainer
 
     train = config.train
+    lock = _lock(config, world)
     loader = TrainLoader(
         config.data,
         manifest,
@@ -136,6 +138,22 @@ def _train(
             "give the same command again to go on"
         )
     _write_model(config, manifest, engine, world)
+    if lock:
+        lock.close()
+
+
+def _lock(config: RunConfig, world: World) -> IO[str] | None:
+    """Own the run directory on rank 0; if another job does, all ranks refuse."""
+    from albert.distributed import min_over_ranks
+
+    lock, problem = None, None
+    try:
+        lock = lock_run_directory(Path(config.train.output_dir)) if world.is_main else None
+    except ConfigError as error:
+        problem = error
+    if not min_over_ranks(0 if problem else 1):
+        raise problem or ConfigError(f"{config.train.output_dir}: refused by rank 0, see its message")
+    return lock
 
 
 def _warn(text: str) -> None:

@@ -22,14 +22,19 @@ class RunCheckpoints:
         """Look at nothing yet; see `resume`."""
         self.directory = Path(config.train.output_dir) / "checkpoints"
         self._config, self._manifest, self._engine, self._world = config, manifest, engine, world
+        self._save: checkpoint.Save | None = None
 
-    def save(self, step: int, position: int) -> Path:
-        """Commit a checkpoint. Collective.
+    @property
+    def is_written(self) -> bool:
+        """True when this rank has nothing left to write for the save that is under way, if any."""
+        return self._save is not None and self._save.is_written
+
+    def begin(self, step: int, position: int) -> None:
+        """Take the state now; a thread writes it while the training goes on. Collective.
 
         Raises:
-            DiskError: it could not be written; older checkpoints are untouched.
+            DiskError: there is no space; older checkpoints are untouched.
         """
-        tokenizer = Path(self._config.data.directory) / self._manifest.tokenizer.file
         state = checkpoint.TrainingState(
             step=step,
             position=position,
@@ -40,19 +45,25 @@ class RunCheckpoints:
             tokenizer_sha256=self._manifest.tokenizer.sha256,
             world_size=self._world.size,
         )
+        tensors, shapes = self._engine.gather_state(), self._engine.named_shapes()
+        self._save = checkpoint.Save(self.directory, state, tensors, shapes, self._world)
+
+    def finish(self) -> Path | None:
+        """Commit the save that is under way, waiting for it if need be; None if there is none. Collective.
+
+        Raises:
+            DiskError: it could not be written; older checkpoints are untouched.
+        """
+        if self._save is None:
+            return None
+        save, self._save = self._save, None
+        tokenizer = Path(self._config.data.directory) / self._manifest.tokenizer.file
         extra_files = {
             "config.json": model_config_bytes(self._config.model),
             tokenizer.name: tokenizer.read_bytes(),
         }
-        return checkpoint.save(
-            self.directory,
-            state,
-            self._engine.gather_state(),
-            self._engine.named_shapes(),
-            self._world,
-            extra_files,
-            self._config.checkpoint.keep_last,
-        )
+        keep = self._config.checkpoint
+        return save.commit(extra_files, keep.keep_last, keep.keep_every)
 
     def resume(self, warn: Callable[[str], None]) -> tuple[int, int] | None:
         """Load the newest checkpoint that verifies into the engine. Collective.

@@ -37,18 +37,22 @@ class BatchCounts:
     squared_lengths: float
     sequences: float
     stop_requests: float
+    saves_written: float
+    """Ranks that have written their part of the checkpoint that is under way."""
 
 
-def count_batch(micro_batches: list[PretrainBatch], *, stop_requested: bool) -> BatchCounts:
-    """Count on the host and sum over the ranks; also how the ranks agree to stop. Collective."""
-    local = torch.zeros(6, dtype=torch.float64)
+def count_batch(
+    micro_batches: list[PretrainBatch], *, stop_requested: bool = False, save_written: bool = False
+) -> BatchCounts:
+    """Count on the host and sum over the ranks; also how the ranks agree to stop and to commit. Collective."""
+    local = torch.zeros(7, dtype=torch.float64)
     for batch in micro_batches:
         lengths = batch.sequences.lengths
         orders = int((batch.sentence_order_labels != NO_SENTENCE_ORDER).sum())
         squares = sum(length * length for length in lengths)
         preds = batch.masked_lm_labels.numel()
-        local += torch.tensor([preds, orders, sum(lengths), squares, len(lengths), 0], dtype=torch.float64)
-    local[5] = float(stop_requested)
+        local[:5] += torch.tensor([preds, orders, sum(lengths), squares, len(lengths)], dtype=torch.float64)
+    local[5:] = torch.tensor([stop_requested, save_written])
     return BatchCounts(*sum_over_ranks(local).tolist())
 
 
@@ -122,19 +126,25 @@ class Trainer:
             began_at = time.perf_counter()
             micro_batches = next(steps)
             self._interval.waited_s += time.perf_counter() - began_at
-            should_stop = self.train_step(micro_batches)
+            counts = self.train_step(micro_batches)
+            should_stop = counts.stop_requests > 0
+            if counts.saves_written == self.world.size:
+                self._finish_save()
             if self._is_due(self.config.eval.interval_steps):
                 self._evaluate()
             if self._is_due(self.config.checkpoint.interval_steps):
                 self._save()
         if self._saved_step != self.step:
             self._save()
+        self._finish_save()
         return self.step == train.num_steps
 
-    def train_step(self, micro_batches: list[PretrainBatch]) -> bool:
-        """One optimizer step; returns whether any rank was asked to stop."""
+    def train_step(self, micro_batches: list[PretrainBatch]) -> BatchCounts:
+        """One optimizer step; returns what the ranks counted and agreed on at its beginning."""
         train = self.config.train
-        counts = count_batch(micro_batches, stop_requested=self.stop.is_set)
+        counts = count_batch(
+            micro_batches, stop_requested=self.stop.is_set, save_written=self._checkpoints.is_written
+        )
         is_logging = (self.step + 1) % self.config.log.interval_steps == 0 or self.step + 1 == train.num_steps
         rate = learning_rate(
             self.config.schedule, self.config.optimizer.learning_rate, train.num_steps, self.step
@@ -156,7 +166,7 @@ class Trainer:
             self._log(sums, counts, rate, result.grad_norm)
         if self.monitor:
             self.monitor.advance(self.step)
-        return counts.stop_requests > 0
+        return counts
 
     def _seed_dropout(self, micro_batch: int) -> None:
         """Dropout is a function of (seed, step, rank, micro-batch), so there is no generator state to save."""
@@ -235,7 +245,13 @@ class Trainer:
             self.monitor.record("eval", self.step, metrics)
 
     def _save(self) -> None:
-        path = self._checkpoints.save(self.step, self.position)
+        self._finish_save()
+        self._checkpoints.begin(self.step, self.position)
         self._saved_step = self.step
-        if self.monitor:
+        if not self.config.checkpoint.asynchronous:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        path = self._checkpoints.finish()
+        if path and self.monitor:
             self.monitor.event(self.step, f"checkpoint committed: {path}")

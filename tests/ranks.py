@@ -15,8 +15,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+# Imported once here, so that no rank has to; DeepSpeed's optimizer choice alone imports torch's compiler.
+import torch
+
 import albert.run_checkpoints
-import albert.trainer  # noqa: F401  imported once here, so that no rank has to
+import albert.trainer  # noqa: F401
 
 TIMEOUT_S = 120.0
 
@@ -34,8 +37,6 @@ def _child(
     os.environ.update(environment)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    import torch
-
     torch.set_num_threads(1)
     try:
         pipe.send((True, function(*arguments)))

@@ -182,3 +182,20 @@ def test_resume_modes(workspace, capfd):
     assert train(workspace, "modes", 1, "train.stop_after_steps=2") == [75]
     assert train(workspace, "modes", 1, "checkpoint.resume=never") == [78]
     assert "holds a checkpoint of step 2 and checkpoint.resume is never" in capfd.readouterr().err
+
+
+def test_two_jobs_cannot_own_one_run(workspace, capfd):
+    run = workspace / "owned"
+    first = start(workspace, "owned", 1, "train.num_steps=100000", "schedule.warmup_steps=2")
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not ((run / "metrics.jsonl").is_file() and losses(run)):
+        time.sleep(0.02)
+    assert train(workspace, "owned", 2) == [78, 78]
+    message = capfd.readouterr().err
+    assert f"owned by process {first.processes[0].pid} on" in message
+    assert "refused by rank 0, see its message" in message
+    os.kill(first.processes[0].pid, signal.SIGTERM)
+    assert first.results() == [75]
+    assert train(
+        workspace, "owned", 1, "train.stop_after_steps=1", "train.num_steps=100000", "schedule.warmup_steps=2"
+    ) == [75]

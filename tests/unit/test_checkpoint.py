@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,18 +54,11 @@ def joined_world():
     close_world()
 
 
-def save_steps(directory: Path, steps: list[int], keep_last: int = 10) -> None:
+def save_steps(directory: Path, steps: list[int], keep_last: int = 10, keep_every: int = 0) -> None:
     with joined_world() as world:
         for step in steps:
-            checkpoint.save(
-                directory,
-                make_state(step),
-                make_tensors(step),
-                SHAPES,
-                world,
-                {"config.json": b"{}"},
-                keep_last,
-            )
+            save = checkpoint.Save(directory, make_state(step), make_tensors(step), SHAPES, world)
+            save.commit({"config.json": b"{}"}, keep_last, keep_every)
 
 
 def assert_holds(directory: Path, step: int) -> None:
@@ -85,6 +79,41 @@ def test_round_trip_and_retention(tmp_path, world_size):
     directory = checkpoint.find_latest(tmp_path)
     assert len(list(directory.glob("*.safetensors"))) == world_size
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003", "step-00000004"]
+
+
+def test_steps_to_keep_for_ever_stay(tmp_path):
+    run_ranks(1, save_steps, tmp_path, [2, 3, 4, 5, 6, 7], 1, 3)
+    assert checkpoint.list_steps(tmp_path) == [3, 6, 7]
+
+
+def _mutate_while_writing(directory: Path) -> None:
+    with joined_world() as world:
+        tensors = make_tensors(9)
+        save = checkpoint.Save(directory, make_state(9), tensors, SHAPES, world)
+        for _, _, tensor in tensors:
+            tensor.fill_(float("nan"))
+        save.commit({}, 1, 0)
+
+
+def test_a_checkpoint_holds_the_state_at_the_time_of_the_save(tmp_path):
+    run_ranks(2, _mutate_while_writing, tmp_path)
+    assert_holds(tmp_path, 9)
+
+
+def _save_on_a_full_disk(directory: Path) -> str:
+    with joined_world() as world, pytest.MonkeyPatch.context() as patch:
+        usage = shutil.disk_usage(directory)
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        try:
+            checkpoint.Save(directory, make_state(6), make_tensors(6), SHAPES, world)
+        except DiskError as error:
+            return str(error)
+        return "saved"
+
+
+def test_too_little_space_is_noticed_before_writing(tmp_path):
+    first, _ = run_ranks(2, _save_on_a_full_disk, tmp_path)
+    assert "cannot write the checkpoint (0 MiB are free, a checkpoint needs 0)" in first
 
 
 def test_tensors_are_dealt_evenly():
@@ -160,7 +189,7 @@ def _save_without_space(directory: Path) -> str:
         if world.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         try:
-            checkpoint.save(directory, make_state(6), make_tensors(6), SHAPES, world, {}, 10)
+            checkpoint.Save(directory, make_state(6), make_tensors(6), SHAPES, world).commit({}, 10, 0)
         except DiskError as error:
             return str(error)
         return "saved"

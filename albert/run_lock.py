@@ -1,0 +1,45 @@
+"""One job owns a run directory. The lock is the kernel's and goes with the process, however it ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from albert.errors import ConfigError
+
+LOCK_NAME = "lock"
+_UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+def lock_run_directory(directory: Path) -> IO[str]:
+    """Lock a run directory until the returned file is closed or the process ends.
+
+    POSIX record locks are used because network file systems carry them between hosts; where a file system knows no
+    locks, the directory stays unlocked.
+
+    Raises:
+        ConfigError: another job owns the directory; says which, where and since when it runs.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = (directory / LOCK_NAME).open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return file
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise ConfigError(
+            f"{directory}: owned by {owner}, which still runs; wait for it, stop it, or choose another "
+            "train.output_dir"
+        ) from None
+    file.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}" + (f" (Slurm job {job})" if job else ""))
+    file.flush()
+    return file
