@@ -15,8 +15,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-# Imported once here, so that no rank has to; DeepSpeed's optimizer choice alone imports torch's compiler.
+# Imported once here, so that no rank has to; DeepSpeed's choice of an optimizer alone imports torch's compiler.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
+import torch._dynamo
+import torch._inductor.compile_fx
 
 import albert.run_checkpoints
 import albert.trainer  # noqa: F401
