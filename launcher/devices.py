@@ -27,6 +27,8 @@ class Device:
     tflops_fp32: float
     link_bytes_per_s: float
     """To the other devices of the node, one direction."""
+    runtime_bytes: int = 0
+    """What libraries take beside tensors, where memory is the process's own; on GPUs the reserve holds it."""
 
     @property
     def usable_bytes(self) -> int:
@@ -65,7 +67,7 @@ DEVICES = {
         _gpu("l40s", 44, 362, 91, 25),
         _gpu("v100", 31, 125, 15.7, 120),
         _gpu("rtx4090", 23, 165, 82, 25),
-        _gpu("cpu", 16, 0.1, 0.05, 5),
+        Device("cpu", 16 * 2**30, 0.1, 0.05, 5e9, 96 * 2**20),
     )
 }
 """Vendors' datasheets (dense rates); links at four fifths of what NVLink or PCIe promise. cpu: two cores."""

@@ -90,7 +90,7 @@ def make_plan(request: PlanRequest) -> Plan:
         stage=stage,
         parameters=num_parameters(config.model),
         accumulation_steps=accumulation,
-        memory=peak_memory(config, stage, request.num_ranks, **sizes),
+        memory=replace(peak_memory(config, stage, request.num_ranks, **sizes), runtime=device.runtime_bytes),
         largest_micro_batch=largest_micro_batch(
             config, stage, request.num_ranks, budget=device.usable_bytes, **sizes
         ),

@@ -85,6 +85,7 @@ def report(plan: Plan, request: PlanRequest) -> list[str]:
         "optimizer": memory.optimizer,
         "activations": memory.activations,
         "vocabulary": memory.vocabulary,
+        **({"runtime": memory.runtime} if memory.runtime else {}),
     }
     lines = [
         f"{plan.parameters / 1e6:.1f} M parameters, {request.config.model.num_layer_uses} layer uses of "

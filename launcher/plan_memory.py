@@ -58,6 +58,8 @@ class Memory:
     """What the layers keep for the backward pass."""
     vocabulary: int
     """Logits of the masked positions and their gradient."""
+    runtime: int = 0
+    """What libraries take beside tensors."""
 
     @property
     def state(self) -> int:
@@ -67,7 +69,7 @@ class Memory:
     @property
     def total(self) -> int:
         """All parts."""
-        return self.state + self.activations + self.vocabulary
+        return self.state + self.activations + self.vocabulary + self.runtime
 
 
 def peak_memory(config: RunConfig, stage: int, num_ranks: int, *, seq_length: int, preds: int) -> Memory:
@@ -85,12 +87,17 @@ def peak_memory(config: RunConfig, stage: int, num_ranks: int, *, seq_length: in
     share = {stage_: num_ranks if stage >= stage_ else 1 for stage_ in (1, 2, 3)}
     sequences = config.train.micro_batch_size
     return Memory(
-        weights=size * parameters // share[3],
+        weights=size * (parameters // share[3] + _joined_values(config.model)),
         gradients=_gradient_bytes(parameters, size, stage, share),
         optimizer=(3 if stage or size == 2 else 2) * _FP32 * parameters // share[1],
         activations=sequences * seq_length * activation_bytes_per_token(config, seq_length),
         vocabulary=sequences * preds * vocabulary_bytes_per_pred(config.model, size),
     )
+
+
+def _joined_values(model: ModelConfig) -> int:
+    """Queries, keys and values joined into one matrix, and its gradient, for the time of a pass."""
+    return 2 * 3 * model.hidden_size**2 * num_blocks(model)[0]
 
 
 def _gradient_bytes(parameters: int, size: int, stage: int, share: dict[int, int]) -> int:

@@ -67,9 +67,8 @@ def test_the_local_command_goes_through_deepspeed_on_loopback():
 
 def test_a_plan_fills_in_what_the_user_left_open():
     added = dict(plan_local(Job("m", ()), 2, {}).job.environment)
-    assert set(added) >= {"OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR"}
+    assert "TORCH_EXTENSIONS_DIR" in added
     mine = {
-        "OMP_NUM_THREADS": "7",
         "TORCH_EXTENSIONS_DIR": "/x",
         "CUDA_VISIBLE_DEVICES": "3,5",
         "DS_ACCELERATOR": "cpu",
