@@ -103,17 +103,18 @@ class HostsRun:
             f"--master_addr={self.rendezvous.address}",
             f"--master_port={self.rendezvous.port}",
             f"--launcher={self.via}",
-            *self._interface_option(),
+            *self._mpi_options(),
             *("--force_multi", "--module", "--no_local_rank", "--log_level=error"),
         ]
         runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
         return [*runner, *options, "launcher.rank", "--job", self.job.encode()]
 
-    def _interface_option(self) -> list[str]:
-        """OpenMPI's own traffic; DeepSpeed's runner takes eth0 otherwise."""
-        if self.via != "openmpi" or self.interface is None:
+    def _mpi_options(self) -> list[str]:
+        """Ranks have threads, so OpenMPI must not bind each to one core; DeepSpeed's runner takes eth0 otherwise."""
+        if self.via != "openmpi":
             return []
-        return [f"--launcher_args=--mca btl_tcp_if_include {self.interface}"]
+        interface = f" --mca btl_tcp_if_include {self.interface}" if self.interface else ""
+        return [f"--launcher_args=--bind-to none{interface}"]
 
     def describe(self) -> str:
         """The command, and what each rank does with it."""

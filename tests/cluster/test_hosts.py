@@ -57,7 +57,12 @@ def losses(run: Path) -> list[float]:
 
 
 def start(hosts: SshHosts, host: str, directory: Path, *words: str) -> subprocess.Popen:
-    root = ["OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1", "DS_ACCELERATOR=cpu"]
+    root = [
+        "OMPI_ALLOW_RUN_AS_ROOT=1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
+        "DS_ACCELERATOR=cpu",
+        "OMP_NUM_THREADS=1",
+    ]
     command = ["env", f"PYTHONPATH={ROOT}", *root, sys.executable, "-m", "launcher", *words]
     return hosts.machines.start(host, *command, cwd=directory)
 

@@ -59,7 +59,7 @@ def test_the_runner_gets_safe_words_only(hostfile, anywhere):
     environment = {"HF_HOME": "a b", "NCCL_DEBUG": "$(x)", "SECRET_TOKEN": "s"}
     run = plan_hosts(job, hostfile, "openmpi", environment, address=None, interface="ib0")
     command = run.command()
-    assert "--launcher_args=--mca btl_tcp_if_include ib0" in command
+    assert "--launcher_args=--bind-to none --mca btl_tcp_if_include ib0" in command
     assert "--master_addr=node1" in command
     assert not [word for word in command if "$(" in word or "a b" in word.split("=")]
     carried = dict(run.job.environment)
