@@ -2,8 +2,9 @@
 
 Docstrings, block comments and the language reference of `pydoc` are cleaned into sentences: one per line, a blank
 line between documents (one document per module or topic). A sentence-pair task is made from the same text in the
-form of LCQMC: does the second text continue the first, or does it come from another document?
-The same Python gives the same bytes. Any other text file can take the place of the documentation.
+form of LCQMC: does the second text continue the first, or the first the second? The texts are the first two
+sentences of a docstring. The same Python gives the same bytes. Any other text file can take the place of the
+documentation; the texts are then neighbouring sentences.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import inspect
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,11 +32,11 @@ CORPUS_FILE = "corpus.txt"
 PAIRS_DIRECTORY = "pairs"
 _SKIPPED = ("site-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo", "encodings", "__phello__")
 _MIN_SENTENCES = 4
+_MAX_PAIRS = 100
+"""Pairs of one document of a user's own text"""
 _MIN_DOCUMENTS = 40
 """Fewer cannot be divided into train, dev and test with other documents to choose from in each."""
-_PAIR_SENTENCES = 2
-"""Sentences in each text of a pair."""
-_SPLIT_SHARES = (("train", 0.84), ("dev", 0.08), ("test", 0.08))
+_SPLIT_SHARES = (("train", 0.8), ("dev", 0.1), ("test", 0.1))
 
 _MARKUP = re.compile(r":\w+(?::\w+)?:`~?([^`<]+)(?:<[^`>]*>)?`|`{1,2}([^`]*)`{1,2}|\*{1,2}(\w[^*\n]*)\*{1,2}")
 _BULLET = re.compile(r"^[ \t]*(?:[-*+•o]|\(?\d{1,2}[.)]|#+|\.\.|@\w+)[ \t]+", re.MULTILINE)
@@ -57,11 +59,11 @@ def write_demo_corpus(output: Path, source: Path | None = None) -> str:
     target = output / CORPUS_FILE
     if target.exists():
         raise UnsafeError(f"{target}: exists; remove it or name another --output")
-    documents = gather_documents() if source is None else read_own_documents(source)
+    documents, pairs = standard_library() if source is None else read_own_documents(source)
     text = "\n\n".join("\n".join(sentences) for sentences in documents) + "\n"
     (output / PAIRS_DIRECTORY).mkdir(parents=True, exist_ok=True)
     counts = []
-    for split, rows in make_pairs(documents).items():
+    for split, rows in split_pairs(pairs).items():
         lines = "".join(f"{first}\t{second}\t{label}\n" for first, second, label in rows)
         write_file_durably(output / PAIRS_DIRECTORY / f"{split}.tsv", [lines.encode()])
         counts.append(f"{split} {len(rows)}")
@@ -73,31 +75,67 @@ def write_demo_corpus(output: Path, source: Path | None = None) -> str:
     )
 
 
-def gather_documents() -> list[list[str]]:
-    """Sentences of every module and topic, in a fixed order; sentences that were seen before are left out.
+Pair = tuple[str, str]
+"""Two texts that follow each other"""
+Corpus = tuple[list[list[str]], list[list[Pair]]]
+"""Sentences of each document, and the pairs of each document"""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A docstring, a block of comments, or a topic of the reference."""
+
+    line: int
+    is_docstring: bool
+    text: str
+
+
+def standard_library() -> Corpus:
+    """Sentences and pairs of every module and topic, in a fixed order.
 
     Raises:
         MissingInputError: the standard library holds no readable source.
     """
-    seen: set[str] = set()
-    documents = []
-    for text in (*_module_texts(), *_topic_texts()):
-        fresh = []
-        for sentence in clean_sentences(text):
-            if sentence not in seen:
-                seen.add(sentence)
-                fresh.append(sentence)
-        if len(fresh) >= _MIN_SENTENCES:
-            documents.append(fresh)
-    if not documents:
+    from pydoc_data.topics import topics
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted((path.relative_to(root) for path in root.rglob("*.py")), key=lambda path: path.as_posix())
+    kept = [path for path in files if not any(p in _SKIPPED or p.startswith("config-") for p in path.parts)]
+    modules = [_module_texts(root / path) for path in kept]
+    if not any(modules):
         raise MissingInputError(
             "demo-corpus: this Python carries no source of its standard library; install one that does"
         )
-    return documents
+    sentences = document_sentences([*modules, *([Text(0, False, topics[name])] for name in sorted(topics))])
+    return sentences, docstring_pairs(modules)
 
 
-def read_own_documents(path: Path) -> list[list[str]]:
-    """Sentences of every document of a file, as `data_prep build` reads them.
+def docstring_pairs(modules: Sequence[Sequence[Text]]) -> list[list[Pair]]:
+    """The first two sentences of every docstring that has two, by module; none twice."""
+    seen: set[Pair] = set()
+    found = []
+    for texts in modules:
+        starts = [clean_sentences(text.text)[:2] for text in texts if text.is_docstring]
+        pairs = dict.fromkeys((s[0], s[1]) for s in starts if len(s) == 2)
+        found.append([pair for pair in pairs if pair not in seen])
+        seen.update(pairs)
+    return found
+
+
+def document_sentences(documents: Sequence[Sequence[Text]]) -> list[list[str]]:
+    """Sentences of each document; what was seen before is left out, and so are documents that hold little else."""
+    seen: set[str] = set()
+    found = []
+    for texts in documents:
+        sentences = dict.fromkeys(s for text in texts for s in clean_sentences(text.text) if s not in seen)
+        seen.update(sentences)
+        if len(sentences) >= _MIN_SENTENCES:
+            found.append(list(sentences))
+    return found
+
+
+def read_own_documents(path: Path) -> Corpus:
+    """Sentences and neighbouring sentences of every document of a file, as `data_prep build` reads them.
 
     Raises:
         MissingInputError: no such file.
@@ -120,28 +158,23 @@ def read_own_documents(path: Path) -> list[list[str]]:
             f"{path}: {len(usable)} documents of at least {_MIN_SENTENCES} sentences, the sentence-pair task needs "
             f"{_MIN_DOCUMENTS}; put a blank line between documents"
         )
-    return usable
+    pairs = [list(zip(s[0::2], s[1::2], strict=False))[:_MAX_PAIRS] for s in usable]
+    return usable, pairs
 
 
-def _module_texts() -> Iterator[str]:
-    """Documentation of each module of the standard library: docstrings and comments in their order."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path.relative_to(root) for path in root.rglob("*.py")]
-    for path in sorted(files, key=lambda path: path.as_posix()):
-        if not any(part in _SKIPPED or part.startswith("config-") for part in path.parts):
-            yield _module_text(root / path)
-
-
-def _module_text(path: Path) -> str:
-    """Docstrings and comment blocks of a source file as paragraphs, in the order of their lines."""
+def _module_texts(path: Path) -> list[Text]:
+    """Docstrings and blocks of comments of a source file, in the order of their lines."""
     try:
         source = path.read_text(encoding="utf-8")
         tree = ast.parse(source)
     except (OSError, SyntaxError, UnicodeDecodeError):
-        return ""
-    found = [(_line(node), inspect.cleandoc(text)) for node in ast.walk(tree) if (text := _docstring(node))]
-    found += _comment_blocks(source)
-    return "\n\n".join(text for _, text in sorted(found))
+        return []
+    found = [
+        Text(getattr(node, "lineno", 0), True, inspect.cleandoc(text))
+        for node in ast.walk(tree)
+        if (text := _docstring(node))
+    ]
+    return sorted(found + _comment_blocks(source), key=lambda text: (text.line, text.text))
 
 
 def _docstring(node: ast.AST) -> str | None:
@@ -150,11 +183,7 @@ def _docstring(node: ast.AST) -> str | None:
     return None
 
 
-def _line(node: ast.AST) -> int:
-    return getattr(node, "lineno", 0)
-
-
-def _comment_blocks(source: str) -> list[tuple[int, str]]:
+def _comment_blocks(source: str) -> list[Text]:
     """Lines that are nothing but a comment, neighbours joined, with the line they begin on."""
     blocks: list[tuple[int, list[str]]] = []
     last = -1
@@ -167,15 +196,7 @@ def _comment_blocks(source: str) -> list[tuple[int, str]]:
         else:
             blocks.append((number, [text.lstrip("#!: ")]))
         last = number
-    return [(number, "\n".join(texts)) for number, texts in blocks]
-
-
-def _topic_texts() -> Iterator[str]:
-    """The language reference that `help()` shows, one text per topic."""
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield topics[name]
+    return [Text(number, False, "\n".join(texts)) for number, texts in blocks]
 
 
 def clean_sentences(text: str) -> list[str]:
@@ -201,51 +222,23 @@ def _is_prose(sentence: str) -> bool:
     )
 
 
-def make_pairs(documents: Sequence[Sequence[str]]) -> dict[str, list[tuple[str, str, int]]]:
-    """Rows (text, text, label) per split: 1 if the second text follows the first, 0 if from another document.
+def split_pairs(documents: Sequence[Sequence[Pair]]) -> dict[str, list[tuple[str, str, int]]]:
+    """Rows (text, text, label) per split: 1 if the second text continues the first, 0 if it is the other way round.
 
-    Documents belong to one split only, so that nothing of the test is seen in training. Every first text occurs
-    once with each label, and every second text too: neither text alone gives the label away.
+    Every pair occurs in both orders, so the classes are balanced. A document belongs to one split only, so that
+    nothing of the test is seen in training.
     """
+    groups = [pairs for pairs in documents if pairs]
     rng = np.random.default_rng(0)
-    order = rng.permutation(len(documents))
+    order = rng.permutation(len(groups))
     splits: dict[str, list[tuple[str, str, int]]] = {}
     begin = 0.0
     for name, share in _SPLIT_SHARES:
-        first, last = int(begin * len(order)), int((begin + share) * len(order))
+        chosen = order[round(begin * len(order)) : round((begin + share) * len(order))]
         begin += share
-        splits[name] = _pair_rows([documents[i] for i in order[first:last]], rng)
+        pairs = [pair for i in chosen for pair in groups[i] if pair[0] != pair[1]]
+        rows = [(first, second, 1) for first, second in pairs] + [
+            (second, first, 0) for first, second in pairs
+        ]
+        splits[name] = [rows[i] for i in rng.permutation(len(rows))]
     return splits
-
-
-def _pair_rows(documents: Sequence[Sequence[str]], rng: np.random.Generator) -> list[tuple[str, str, int]]:
-    neighbours = []
-    for index, sentences in enumerate(documents):
-        step = 2 * _PAIR_SENTENCES
-        for i in range(0, len(sentences) - step + 1, step):
-            first = " ".join(sentences[i : i + _PAIR_SENTENCES])
-            second = " ".join(sentences[i + _PAIR_SENTENCES : i + step])
-            neighbours.append((index, first, second))
-    owners = np.array([index for index, _, _ in neighbours])
-    other = _derange(owners, rng)
-    rows = [(first, second, 1) for _, first, second in neighbours]
-    rows += [
-        (first, neighbours[j][2], 0)
-        for (_, first, _), j in zip(neighbours, other.tolist(), strict=True)
-        if owners[j] >= 0
-    ]
-    return [rows[i] for i in rng.permutation(len(rows))]
-
-
-def _derange(owners: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A permutation that takes every index to one of another owner, as far as there are enough others."""
-    order = np.arange(len(owners))
-    rng.shuffle(order)
-    for i in range(len(order)):
-        tries = 0
-        while owners[order[i]] == owners[i] and tries < 1000:
-            j = int(rng.integers(len(order)))
-            if owners[order[j]] != owners[i] and owners[order[i]] != owners[j]:
-                order[i], order[j] = order[j], order[i]
-            tries += 1
-    return order
