@@ -311,13 +311,18 @@ def _normalise_joined(texts: Sequence[str], lower_case: bool, strip_accents: boo
 
 
 def _strip_accents(text: str) -> str:
-    """NFKD without combining characters (`unicodedata.combining`, as Google's code)."""
-    text = unicodedata.normalize("NFKD", text)
+    """NFKD without combining characters (`unicodedata.combining`, as Google's code).
+
+    They are dropped before NFKD as well as after it: the result is the same, and sorting a flood of them would take
+    time that is quadratic in its length.
+    """
+    return _drop_combining(unicodedata.normalize("NFKD", _drop_combining(text)))
+
+
+def _drop_combining(text: str) -> str:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     accents = _COMBINING[np.minimum(codes, len(_COMBINING) - 1)]
-    if not accents.any():
-        return text
-    return codes[~accents].tobytes().decode("utf-32-le", "surrogatepass")
+    return codes[~accents].tobytes().decode("utf-32-le", "surrogatepass") if accents.any() else text
 
 
 def _is_cased(pieces: Sequence[str]) -> bool:

@@ -1,0 +1,61 @@
+"""Hostile text: no crash, no document unaccounted for, memory bounded, and a dataset that verifies."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from albert.shards import read_manifest
+from data_prep.audit import audit_dataset
+from data_prep.verify import verify_dataset
+from tests.corpora import english_tokenizer, wordpiece_vocabulary
+from tests.hostile import write_hostile
+
+MAX_RESIDENT_KIB = 512 << 10
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("hostile")
+    english_tokenizer(directory)
+    wordpiece_vocabulary(directory / "vocab.txt")
+    write_hostile(directory / "hostile.txt", 1000, 3_000_000, 3000)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("text_format", "tokenizer", "options"),
+    [
+        ("lines", "tokenizer", []),
+        ("prose", "tokenizer", ["--dedup", "near", "--pack-short-documents", "--dupe-factor", "2"]),
+        ("jsonl", "tokenizer", []),
+        ("lines", "vocab.txt", ["--sop-algorithm", "google", "--min-document-tokens", "1"]),
+        ("prose", "vocab.txt", ["--whole-words", "none", "--max-ngram", "5"]),
+    ],
+)
+def test_hostile_documents_are_all_accounted_for(place, tmp_path, text_format, tokenizer, options):
+    command = [sys.executable, "-m", "data_prep", "build", "--input", str(place / "hostile.txt")]
+    command += ["--tokenizer", str(place / tokenizer), "--output", str(tmp_path / "out"), "--workers", "1"]
+    result = subprocess.run(
+        [*command, "--format", text_format, "--max-seq-length", "128", *options],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert result.returncode == 0, result.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < MAX_RESIDENT_KIB
+    verify_dataset(tmp_path / "out")
+    totals = read_manifest(tmp_path / "out").totals
+    rejected = sum(value for key, value in totals.items() if key.startswith("rejected."))
+    assert totals["documents_in"] == totals["train.documents"] + totals.get("eval.documents", 0) + rejected
+    assert totals["documents_in"] > (1000 if text_format == "jsonl" else 3500)
+    audit = audit_dataset(tmp_path / "out", max_blocks=10_000)
+    assert (audit.special_masked, audit.over_budget, audit.copied_pairs) == (0, 0, 0)
+    special = [i for i in audit.tokenizer.special_ids() if i != audit.tokenizer.unk_id]
+    assert audit.labels[special].sum() == 0
