@@ -67,18 +67,7 @@ def run_rank(job: Job, environment: Mapping[str, str]) -> RankEnd:
         child_pids = {"child": child.pid, "child_started": start_time(child.pid)}
         if job.status_directory is not None:
             write_record(job.status_directory, rank, "started", {**pids, **child_pids})
-        sent: list[int] = []
-        num_seen = 0
-        while child.poll() is None:
-            received = signal.sigtimedwait(held, _POLL_S) if job.polls_signals else signal.sigwaitinfo(held)
-            numbers = [received.si_signo] if received and received.si_signo != signal.SIGCHLD else []
-            if job.polls_signals and job.status_directory is not None:
-                asked = read_signals(job.status_directory)
-                numbers += asked[num_seen:] if signal.SIGKILL not in asked else [signal.SIGKILL]
-                num_seen = len(asked)
-            for number in numbers:
-                child.send_signal(number)
-                sent.append(int(number))
+        sent = _pass_signals_on(child, job, held)
     if pump is not None:
         pump.join(timeout=5)
     end = RankEnd(rank, socket.gethostname(), child.returncode, time.time(), tuple(sent))
@@ -86,6 +75,28 @@ def run_rank(job: Job, environment: Mapping[str, str]) -> RankEnd:
         fields = {"host": end.host, "code": end.code, "at": end.at, "sent": sent}
         write_record(job.status_directory, rank, "ended", fields)
     return end
+
+
+def _pass_signals_on(child: subprocess.Popen[bytes], job: Job, held: set[signal.Signals]) -> list[int]:
+    """Give the rank every signal that comes, until it ends; returns them."""
+    sent: list[int] = []
+    num_seen = 0
+    while child.poll() is None:
+        received = signal.sigtimedwait(held, _POLL_S) if job.polls_signals else signal.sigwaitinfo(held)
+        numbers = [received.si_signo] if received and received.si_signo != signal.SIGCHLD else []
+        if job.polls_signals and job.status_directory is not None:
+            asked = read_signals(job.status_directory)
+            numbers += asked[num_seen:] if signal.SIGKILL not in asked else [int(signal.SIGKILL)]
+            num_seen = len(asked)
+        for number in numbers:
+            child.send_signal(number)
+            sent.append(int(number))
+    stops = held - {signal.SIGCHLD}
+    if -child.returncode in stops:
+        # Slurm signals a rank and its parent at once: the same signal may be waiting here.
+        received = signal.sigtimedwait(stops, _POLL_S)
+        sent += [received.si_signo] if received else []
+    return sent
 
 
 def threads(environment: Mapping[str, str]) -> dict[str, str]:
