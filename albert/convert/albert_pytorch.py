@@ -25,4 +25,9 @@ def read_albert_pytorch(
     file = path / "pytorch_model.bin" if path.is_dir() else path
     tensors = {name.removeprefix("module."): t for name, t in read_torch_file(file).items()}
     imported = import_tensors(tensors, config, overrides, str(file))
+    if imported.config.hidden_act == "gelu_new" and "hidden_act" not in overrides:
+        imported.notes.append(
+            "hidden_act gelu was read as gelu_new, which converted TensorFlow weights need; albert_pytorch "
+            "itself computes the erf form, so give --hidden-act gelu for weights that it trained"
+        )
     return fold_pooled_shift(imported) if legacy_pooled_shift else imported

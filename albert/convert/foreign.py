@@ -16,7 +16,7 @@ from torch import Tensor
 
 from albert.errors import ConfigError, DataError
 from albert.model_config import ModelConfig
-from albert.pretrained import check_tensors
+from albert.weights import check_tensors
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from albert.errors import DataError, MissingInputError, UnsafeError
 from albert.model_config import ModelConfig, read_model_config
-from albert.pretrained import expected_shapes, read_safetensors
+from albert.weights import expected_shapes, read_safetensors
 
 _ATTENTION = {"LayerNorm": "attention.LayerNorm", "dense": "attention.dense"} | {
     part: f"attention.{part}" for part in ("query", "key", "value")

@@ -13,9 +13,10 @@ from albert.convert.huggingface import hugging_face_name
 from albert.convert.tokenizer_files import write_tokenizer_files
 from albert.errors import ConfigError
 from albert.model_config import ModelConfig
-from albert.pretrained import CONFIG_NAME, WEIGHTS_NAME, replaced_directory, write_safetensors
+from albert.pretrained import CONFIG_NAME, WEIGHTS_NAME, replaced_directory
 from albert.shards import write_file_durably
 from albert.tokenization import load_tokenizer
+from albert.weights import write_safetensors
 
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "AlbertForPreTraining": ("albert", "predictions", "sop_classifier"),

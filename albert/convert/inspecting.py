@@ -28,7 +28,7 @@ def describe(path: Path) -> str:
         state = read_torch_file(path)
         return _table(f"PyTorch state dict {path}", {n: tuple(t.shape) for n, t in state.items()})
     if path.is_file() and path.suffix == ".safetensors":
-        from albert.pretrained import read_safetensors
+        from albert.weights import read_safetensors
 
         state = read_safetensors(path)
         return _table(f"safetensors file {path}", {n: tuple(t.shape) for n, t in state.items()})

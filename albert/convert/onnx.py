@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from albert.errors import ConfigError, DataError
 from albert.heads import AlbertForPreTraining, AlbertForQuestionAnswering, AlbertHead
 from albert.model_config import ModelConfig
-from albert.pretrained import build_model
 from albert.shards import sync_directory
+from albert.weights import build_model
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 _TOLERANCE = 1e-4

@@ -21,8 +21,8 @@ from albert.convert.foreign import with_fields
 from albert.errors import ConfigError, DataError, MissingInputError
 from albert.heads import AlbertForPreTraining
 from albert.model_config import ModelConfig
-from albert.pretrained import load_weights
 from albert.tokenization import Tokenizer
+from albert.weights import load_weights
 
 _MAX_LINES = 64
 _MAX_TOKENS = 126

@@ -1,8 +1,9 @@
-"""Tokenizer files from which `AutoTokenizer` gives the same ids as this project. Imports no torch.
+"""Tokenizer files from which `AutoTokenizer` gives the same ids as this project.
 
 SentencePiece models need a tokenizer.json of our own: the library's conversion of a bare spiece.model takes
 user-defined symbols such as `(` out of the text before the spaces are marked, and keeps the pieces `1999,` that
-ALBERT never uses. That changed the ids of 36 % of the lines of a corpus of English speeches.
+ALBERT never uses. That changed the ids of 36 % of 8,215 paragraphs of English speeches; with this file 2 differ,
+where SentencePiece's single-precision sum over a long paragraph decides between nearly equal splits.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from albert.heads import (
     AlbertHead,
 )
 from albert.model_config import ModelConfig
-from albert.pretrained import load_weights
+from albert.weights import load_weights
 
 _ENCODER = "albert."
 _POOLER = "albert.pooler."

@@ -13,7 +13,8 @@ from albert.convert.cli import run
 from albert.convert.foreign import our_name
 from albert.errors import ConfigError, DataError
 from albert.heads import AlbertForPreTraining, AlbertForQuestionAnswering, AlbertForSequenceClassification
-from albert.pretrained import build_model, load_pretrained
+from albert.pretrained import load_pretrained
+from albert.weights import build_model
 
 
 def their_name(name: str, config) -> str:
@@ -94,7 +95,9 @@ def test_a_random_projection_is_tied_again_and_reported(tmp_path):
     tied = their_state(model)
     tied["cls.predictions.project_layer.weight"] = tied["bert.embeddings.word_embeddings_2.weight"].T.clone()
     torch.save(tied, tmp_path / "pytorch_model.bin")
-    assert read_albert_pytorch(tmp_path, model.config, {}).notes == []
+    (note,) = read_albert_pytorch(tmp_path, model.config, {}).notes
+    assert "give --hidden-act gelu for weights that it trained" in note
+    assert read_albert_pytorch(tmp_path, model.config, {"hidden_act": "gelu_new"}).notes == []
 
 
 def test_a_square_projection_is_multiplied_into_the_embeddings(tmp_path):

@@ -17,7 +17,8 @@ from albert.convert.tensor_bundle import TensorBundle
 from albert.convert.tensorflow import dotted_name, read_tensorflow
 from albert.errors import AlbertError, ConfigError, DataError, MissingInputError
 from albert.model_config import MODEL_PRESETS, ModelConfig
-from albert.pretrained import build_model, expected_shapes, load_pretrained
+from albert.pretrained import load_pretrained
+from albert.weights import build_model, expected_shapes
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 HAS_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None

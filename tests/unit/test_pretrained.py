@@ -16,7 +16,8 @@ from albert.heads import (
     AlbertForSequenceClassification,
     AlbertForTokenClassification,
 )
-from albert.pretrained import build_model, load_pretrained, load_weights, save_pretrained
+from albert.pretrained import load_pretrained, save_pretrained
+from albert.weights import build_model, load_weights
 
 
 @pytest.fixture
