@@ -130,7 +130,7 @@ class Trainer:
             should_stop = counts.stop_requests > 0
             if counts.saves_written == self.world.size:
                 self._finish_save()
-            if self._is_due(self.config.eval.interval_steps):
+            if self._is_due(self.config.eval.interval_steps) or self.step == train.num_steps:
                 self._evaluate()
             if self._is_due(self.config.checkpoint.interval_steps):
                 self._save()

@@ -3,8 +3,11 @@
 Docstrings, block comments and the language reference of `pydoc` are cleaned into sentences: one per line, a blank
 line between documents (one document per module or topic). A sentence-pair task is made from the same text in the
 form of LCQMC: does the second text continue the first, or the first the second? The texts are the first two
-sentences of a docstring. The same Python gives the same bytes. Any other text file can take the place of the
-documentation; the texts are then neighbouring sentences.
+sentences of a docstring. The same Python gives the same bytes.
+
+Any other text file can take the place of the documentation. The order of its sentences says too little to a small
+model, so the question is then which of two neighbouring sentences is as it was written: in the other one every
+third word has been replaced.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ CORPUS_FILE = "corpus.txt"
 PAIRS_DIRECTORY = "pairs"
 _SKIPPED = ("site-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo", "encodings", "__phello__")
 _MIN_SENTENCES = 4
+_TAMPERED_PART = 3
 _MAX_PAIRS = 100
 """Pairs of one document of a user's own text"""
 _MIN_DOCUMENTS = 40
@@ -76,7 +80,7 @@ def write_demo_corpus(output: Path, source: Path | None = None) -> str:
 
 
 Pair = tuple[str, str]
-"""Two texts that follow each other"""
+"""Two texts that follow each other, or one as it was written and one that was tampered with"""
 Corpus = tuple[list[list[str]], list[list[Pair]]]
 """Sentences of each document, and the pairs of each document"""
 
@@ -135,7 +139,7 @@ def document_sentences(documents: Sequence[Sequence[Text]]) -> list[list[str]]:
 
 
 def read_own_documents(path: Path) -> Corpus:
-    """Sentences and neighbouring sentences of every document of a file, as `data_prep build` reads them.
+    """Sentences of every document of a file, as `data_prep build` reads them, and pairs made from them.
 
     Raises:
         MissingInputError: no such file.
@@ -158,8 +162,34 @@ def read_own_documents(path: Path) -> Corpus:
             f"{path}: {len(usable)} documents of at least {_MIN_SENTENCES} sentences, the sentence-pair task needs "
             f"{_MIN_DOCUMENTS}; put a blank line between documents"
         )
-    pairs = [list(zip(s[0::2], s[1::2], strict=False))[:_MAX_PAIRS] for s in usable]
-    return usable, pairs
+    return usable, tampered_pairs(usable)
+
+
+def tampered_pairs(documents: Sequence[Sequence[str]]) -> list[list[Pair]]:
+    """Neighbouring sentences of every document, the second with every third word replaced.
+
+    The replacements are drawn from the distinct words of all documents; a text without spaces is taken as characters.
+    """
+    vocabulary = sorted({word for sentences in documents for text in sentences for word in _words(text)[0]})
+    rng = np.random.default_rng(0)
+    found = []
+    for sentences in documents:
+        neighbours = list(zip(sentences[0::2], sentences[1::2], strict=False))[:_MAX_PAIRS]
+        found.append([(first, _tamper(second, vocabulary, rng)) for first, second in neighbours])
+    return found
+
+
+def _tamper(text: str, vocabulary: Sequence[str], rng: np.random.Generator) -> str:
+    words, separator = _words(text)
+    chosen = rng.choice(len(words), -(-len(words) // _TAMPERED_PART), replace=False)
+    for position, word in zip(chosen, rng.integers(len(vocabulary), size=len(chosen)), strict=True):
+        words[position] = vocabulary[word]
+    return separator.join(words)
+
+
+def _words(text: str) -> tuple[list[str], str]:
+    """Words and what joins them."""
+    return (text.split(), " ") if " " in text else (list(text), "")
 
 
 def _module_texts(path: Path) -> list[Text]:

@@ -65,7 +65,7 @@ def _demo_task() -> Task:
     return Task(
         "demo",
         "classification",
-        "the demo's sentence pairs: does the second text continue the first",
+        "the demo's sentence pairs, in their order or not",
         "accuracy",
         Recipe(1e-3, 64, epochs=3, max_seq_length=128, source="for the demo's small model"),
         _row_files(),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from albert.errors import DataError, MissingInputError, UnsafeError
-from data_prep.demo_corpus import clean_sentences, split_pairs, write_demo_corpus
+from data_prep.demo_corpus import clean_sentences, split_pairs, tampered_pairs, write_demo_corpus
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,23 @@ def test_the_users_own_text_takes_its_place(tmp_path):
     message = write_demo_corpus(tmp_path / "out", tmp_path / "own.txt")
     assert "60 documents, 240 sentences" in message
     assert len(rows(tmp_path / "out", "train")) == 2 * 2 * 48
-    assert ["Text 5 has words.", "It goes on here with more.", "1"] in [
-        row for split in ("train", "dev", "test") for row in rows(tmp_path / "out", split)
-    ]
+    written = {sentence for document in documents for sentence in re.findall(r"[A-Z].*?\.", document[0])}
+    for split in ("train", "dev", "test"):
+        for first, second, label in rows(tmp_path / "out", split):
+            kept, changed = (first, second) if label == "1" else (second, first)
+            assert kept in written
+            original = "It goes on here with more." if len(changed.split()) == 6 else "And it ends at last."
+            differing = sum(a != b for a, b in zip(changed.split(), original.split(), strict=True))
+            assert 0 <= differing <= 2
+    assert "Text 5 has words." in written
+
+
+def test_a_text_without_spaces_is_tampered_with_by_characters():
+    documents = [["北京大学在北京。", "它建立很早了。"]] * 2
+    for ((kept, changed),) in tampered_pairs(documents):
+        assert kept == "北京大学在北京。"
+        assert len(changed) == 7
+        assert 1 <= sum(a != b for a, b in zip(changed, "它建立很早了。", strict=True)) <= 3
 
 
 def test_pairs_do_not_depend_on_anything_but_the_documents():
