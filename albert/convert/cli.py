@@ -163,6 +163,7 @@ def _from_hf(options: argparse.Namespace) -> None:
 def _finish(options: argparse.Namespace, imported: Imported) -> None:
     """Say what was noticed, probe if asked, write the model directory."""
     from albert.pretrained import find_tokenizer, save_pretrained
+    from albert.weights import part_of
 
     for note in imported.notes:
         sys.stderr.write(f"note: {note}\n")
@@ -173,7 +174,11 @@ def _finish(options: argparse.Namespace, imported: Imported) -> None:
         config = _probe(options, imported, tokenizer)
     save_pretrained(options.output, config, imported.state, tokenizer)
     count = sum(tensor.numel() for tensor in imported.state.values())
-    print(f"{options.output}: {len(imported.state)} tensors, {count:,} parameters, layout {config.layout}")
+    parts = dict.fromkeys(part_of(name) for name in imported.state)
+    print(
+        f"{options.output}: {len(imported.state)} tensors, {count:,} parameters, layout {config.layout}, "
+        f"parts {' '.join(parts)}"
+    )
     if tokenizer is None:
         sys.stderr.write("note: no tokenizer was found beside the checkpoint; give --tokenizer to add one\n")
 

@@ -101,7 +101,8 @@ def test_command_writes_a_model_that_loads_bitwise(tmp_path, capsys):
     assert tokenizer is None
     output = capsys.readouterr()
     assert "optimizer slots and counters were passed over" in output.err
-    assert f"{sum(v.size for v in values.values()):,} parameters, layout google" in output.out
+    assert f"{sum(v.size for v in values.values()):,} parameters, layout google, parts albert" in output.out
+    assert output.out.rstrip().endswith("parts albert pooler predictions sop_classifier")
 
 
 def test_published_tiny_zh_matches_name_by_name_and_shape_by_shape():
