@@ -247,6 +247,7 @@ def _weaknesses(audit: Audit) -> list[str]:
     rejected = sum(count for key, count in totals.items() if key.startswith("rejected."))
     repeated = audit.repeated_examples if settings["dupe_factor"] == 1 else 0
     rate = audit.masked / audit.tokens
+    is_capped = settings["max_predictions_per_seq"] < 0.8 * settings["masked_lm_prob"] * audit.median_length
     checks = [
         (
             audit.unknown > 0.01 * audit.tokens,
@@ -264,9 +265,14 @@ def _weaknesses(audit: Audit) -> list[str]:
             "sentence order; does every line hold one sentence, with blank lines between documents only?",
         ),
         (
-            rate < 0.8 * settings["masked_lm_prob"],
+            rate < 0.8 * settings["masked_lm_prob"] and is_capped,
             f"only {100 * rate:.1f} % of the tokens are predicted; --max-predictions-per-seq "
             f"{settings['max_predictions_per_seq']} holds them below {100 * settings['masked_lm_prob']:.0f} %",
+        ),
+        (
+            rate < 0.8 * settings["masked_lm_prob"] and not is_capped,
+            f"only {100 * rate:.1f} % of the tokens are predicted; many words are longer than the budget of their "
+            "example (no spaces?): try --whole-words none",
         ),
         (
             repeated > 0.01 * audit.examples,

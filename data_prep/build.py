@@ -6,29 +6,23 @@ which disappears when the manifest is written.
 
 from __future__ import annotations
 
-import fcntl
 import io
-import json
-import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from tqdm import tqdm
 
-from albert.errors import ConfigError, MissingInputError, UnsafeError
+from albert.errors import MissingInputError
 from albert.shards import (
     FORMAT_VERSION,
-    MANIFEST_NAME,
     Manifest,
     TokenizerEntry,
-    read_manifest,
     write_file_durably,
     write_manifest,
 )
@@ -39,14 +33,17 @@ from data_prep.dedup import repeated_documents
 from data_prep.parallel import Step, end_mpi, run_here, run_mpi, run_processes, serve_mpi
 from data_prep.plan import Source, Task, find_sources, plan_tasks
 from data_prep.settings import BuildSettings
-from data_prep.worker import (
-    WORK_DIRECTORY,
-    Job,
+from data_prep.work_directory import (
     TaskRecord,
-    document_hash,
+    finished_manifest,
+    locked_work_directory,
+    read_records,
+    remove_leftovers,
     repeated_path,
+    save_record,
     signature_path,
 )
+from data_prep.worker import Job, document_hash
 
 _SMALL_CORPUS_BYTES = 16 << 20
 """Up to this size every document is hashed beforehand, so that the held-out split is not left empty by chance."""
@@ -97,24 +94,23 @@ def _build(request: BuildRequest, comm: Any) -> Manifest:
     sources = find_sources(request.inputs, request.weights, request.settings)
     tasks = plan_tasks(sources, request.settings)
     description = _describe(request, sources, tokenizer)
-    if (finished := _finished(output, description)) is not None:
+    if (finished := finished_manifest(output, description)) is not None:
         return finished
-    with _locked(output, description) as work:
+    with locked_work_directory(output, description, sources) as work:
         copy = _copy_tokenizer(tokenizer, output)
         job = Job(request.settings, str(copy), str(output), _eval_threshold(tasks, request.settings))
-        records = _read_records(work)
+        records = read_records(work)
         if request.settings.dedup != "none":
             _find_repeated(job, tasks, request.num_workers, comm)
         todo = [task for task in tasks if task.index not in records]
         results = _run(job, "run", todo, request.num_workers, comm)
         for record in _progress("build", results, tasks, records):
-            data = record.model_dump_json().encode()
-            write_file_durably(work / f"task-{record.task:05d}.json", [data])
+            save_record(work, record)
             records[record.task] = record
         manifest = _assemble([records[task.index] for task in tasks], tokenizer, description)
         if not manifest.totals.get("train.examples"):
             _refuse_nothing(output, manifest)
-        _remove_leftovers(output)
+        remove_leftovers(output)
         write_manifest(output, manifest)
     shutil.rmtree(work)
     return manifest
@@ -168,85 +164,6 @@ def _describe(request: BuildRequest, sources: Sequence[Source], tokenizer: Token
     return {**settings, "inputs": inputs, "tokenizer_sha256": tokenizer.sha256}
 
 
-def _finished(output: Path, description: dict[str, Any]) -> Manifest | None:
-    """The manifest of a dataset that this very command has built already.
-
-    Raises:
-        ConfigError: it was built with other settings.
-    """
-    if not (output / MANIFEST_NAME).is_file():
-        return None
-    manifest = read_manifest(output)
-    _refuse_difference(output, manifest.settings, description)
-    return manifest
-
-
-def _refuse_difference(output: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-    different = [key for key in wanted if there.get(key) != wanted[key]]
-    if different:
-        key = different[0]
-        raise ConfigError(
-            f"{output}: holds a dataset made with {key}={there.get(key)!r}, this command says {wanted[key]!r}; "
-            "use the same settings to go on, or another --output"
-        )
-
-
-@contextmanager
-def _locked(output: Path, description: dict[str, Any]) -> Iterator[Path]:
-    """The work directory of this build, made or found again, held by this process alone.
-
-    Raises:
-        UnsafeError: the output directory holds something else, or another build is running in it.
-        ConfigError: it holds an unfinished build with other settings.
-    """
-    work = output / WORK_DIRECTORY
-    if output.exists() and not work.is_dir() and (not output.is_dir() or any(output.iterdir())):
-        raise UnsafeError(
-            f"--output {output}: exists and is not a dataset; name a directory that is new or empty"
-        )
-    work.mkdir(parents=True, exist_ok=True)
-    handle = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UnsafeError(f"--output {output}: another build is writing there; wait for it") from None
-        _begin_or_resume(output, work, description)
-        yield work
-    finally:
-        os.close(handle)
-
-
-def _begin_or_resume(output: Path, work: Path, description: dict[str, Any]) -> None:
-    path = work / "settings.json"
-    if path.is_file():
-        _refuse_difference(output, json.loads(path.read_bytes()), description)
-    else:
-        write_file_durably(path, [json.dumps(description, indent=1).encode()])
-    _remove_leftovers(output, work)
-
-
-def _remove_leftovers(*directories: Path) -> None:
-    """Remove what a killed writer left half-written."""
-    for directory in directories:
-        for leftover in directory.glob("*.tmp-*"):
-            leftover.unlink(missing_ok=True)
-
-
-def _read_records(work: Path) -> dict[int, TaskRecord]:
-    """Records of the tasks that are done; a task whose shards are not all there with their size is not."""
-    records = {}
-    for path in sorted(work.glob("task-*.json")):
-        try:
-            record = TaskRecord.model_validate_json(path.read_bytes())
-        except ValidationError:
-            continue
-        sizes = [(work.parent / shard.name, shard.bytes) for shard in record.shards]
-        if all(shard.is_file() and shard.stat().st_size == size for shard, size in sizes):
-            records[record.task] = record
-    return records
-
-
 def _copy_tokenizer(tokenizer: Tokenizer, output: Path) -> Path:
     name = SENTENCEPIECE_FILE if tokenizer.kind == "sentencepiece" else WORDPIECE_FILE
     copy = output / "tokenizer" / name
@@ -283,7 +200,10 @@ def _progress(
     total = sum(task.bytes for task in tasks)
     documents = sum(record.counts.get("documents_in", 0) for record in done.values())
     initial = sum(record.input_bytes for record in done.values())
-    with tqdm(desc=name, total=total, initial=initial, unit="B", unit_scale=True, mininterval=0.5) as bar:
+    interval_s = 0.5 if sys.stderr.isatty() else 15.0  # a log file needs no lively bar
+    with tqdm(
+        desc=name, total=total, initial=initial, unit="B", unit_scale=True, mininterval=interval_s
+    ) as bar:
         for record in results:
             yield record
             documents += record.counts.get("documents_in", 0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from albert.errors import AlbertError, ConfigError, run_command
+from albert.errors import ConfigError, run_command
 from data_prep.settings import BuildSettings
 
 _EXAMPLES = """examples:
@@ -31,7 +32,11 @@ the same command is given again, and its bytes are the same for any number of wo
 
 def main() -> None:
     """Entry point of `python -m data_prep`."""
-    sys.exit(run_command(_main))
+    try:
+        sys.exit(run_command(_main))
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; a build goes on when the same command is given again\n")
+        sys.exit(130)
 
 
 def _main(arguments: Sequence[str] | None = None) -> None:
@@ -107,7 +112,9 @@ def _add_build(commands: Any) -> None:
         metavar="PATTERN=W",
         help="use the input files that match PATTERN W times as often (W may be a fraction)",
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (all cores)"
+    )
     parser.add_argument(
         "--mpi", action="store_true", help="ranks of mpirun or srun do the work; rank 0 hands it out"
     )
@@ -162,14 +169,27 @@ def _run_build(options: argparse.Namespace) -> None:
     )
     try:
         manifest = build(request, comm)
-    except AlbertError as error:
+    except BaseException as error:
         if comm is not None and comm.size > 1:
-            sys.stderr.write(f"error: {error}\n")
-            sys.stderr.flush()
-            comm.Abort(error.exit_code)  # the other ranks wait for this one
+            _abort(comm, error)
         raise
     if manifest is not None:
         _print_summary(options.output, manifest)
+
+
+def _abort(comm: Any, error: BaseException) -> None:
+    """End all ranks: the others wait for this one and would do so for ever."""
+
+    def fail() -> None:
+        raise error
+
+    try:
+        code = run_command(fail)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    comm.Abort(code)
 
 
 def _print_summary(output: str, manifest: Any) -> None:

@@ -6,37 +6,28 @@ dropped is counted by reason, so that documents in = documents out + rejected.
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
 import json
-import lzma
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
-
-import zstandard
+from typing import TYPE_CHECKING, Any, Protocol
 
 from albert.errors import DataError
 from data_prep import cleaning
+from data_prep.files import DAMAGED, open_text
 from data_prep.settings import BuildSettings
 
 if TYPE_CHECKING:
     from data_prep.plan import Part
 
-COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 BATCH_BYTES = 2 << 20
 """Text read at once. Together with MAX_DOCUMENT_BYTES it bounds the memory of a worker."""
-_COMPRESSED_BYTES = 1 << 14
-"""Compressed bytes that are expanded at once."""
 MAX_DOCUMENT_BYTES = 4 << 20
 """A longer document is cut into parts that count as documents of their own."""
 
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
-_DAMAGED = (EOFError, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile, OSError)
 
 
 class _Readable(Protocol):
@@ -52,68 +43,6 @@ class DocumentBatch:
     """Where each document ends, as an index into `sentences`; starts with 0"""
     input_bytes: int = 0
     """Bytes of text that were read for this batch"""
-
-
-def open_text(path: Path) -> IO[bytes] | gzip.GzipFile:
-    """Open a plain or compressed file for reading bytes."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
-    if path.suffix == ".bz2":
-        return bz2.open(path, "rb")
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstandardFile(path), BATCH_BYTES)
-    return path.open("rb")
-
-
-class _ZstandardFile(io.RawIOBase):
-    """Frames one after the other. The library's own reader takes a truncated file for a complete one."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        self._decompressor = zstandard.ZstdDecompressor()
-        self._frame: Any = None
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        while not self._ready:
-            if self._frame is not None and self._frame.eof:
-                rest, self._frame = self._frame.unused_data, None
-            else:
-                rest = b""
-            data = rest or self._file.read(_COMPRESSED_BYTES)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("it ends in the middle of a frame")
-                return 0
-            if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            self._ready = memoryview(self._frame.decompress(data))
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def read_head(path: Path, size: int = 1 << 18) -> bytes:
-    """The first bytes of a file, decompressed.
-
-    Raises:
-        DataError: the file is not what its suffix says.
-    """
-    try:
-        with open_text(path) as file:
-            return file.read(size)
-    except _DAMAGED as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix or 'text'}: {error}") from error
 
 
 def detect_format(path: Path, head: bytes, settings: BuildSettings) -> str:
@@ -147,7 +76,7 @@ def read_documents(part: Part, settings: BuildSettings, counts: Counter[str]) ->
             budget = None if source.is_compressed else part.end - part.start
             for data in pieces(_Limited(file, budget), counts):
                 yield _parse(data, source.format, settings, counts)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise DataError(

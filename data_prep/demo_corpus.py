@@ -27,7 +27,8 @@ import numpy as np
 from albert.errors import DataError, MissingInputError, UnsafeError
 from albert.shards import write_file_durably
 from data_prep.cleaning import split_sentences
-from data_prep.corpus import detect_format, read_documents, read_head
+from data_prep.corpus import detect_format, read_documents
+from data_prep.files import read_head
 from data_prep.plan import Part, Source
 from data_prep.settings import BuildSettings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,8 @@ from typing import Any, Literal
 
 from albert.errors import AlbertError, ConfigError, PeerLostError
 from data_prep.plan import Task
-from data_prep.worker import Job, TaskRecord, Worker
+from data_prep.work_directory import TaskRecord
+from data_prep.worker import Job, Worker
 
 _POLL_S = 0.005
 _WORKER: list[Worker] = []
@@ -63,6 +65,7 @@ def run_processes(job: Job, step: Step, tasks: Sequence[Task], num_workers: int)
 
 
 def _start_worker(job: Job) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _WORKER.append(Worker(job))
 
@@ -108,7 +111,7 @@ def run_mpi(comm: Any, job: Job, step: Step, tasks: Sequence[Task]) -> Iterator[
         while not comm.iprobe():
             time.sleep(_POLL_S)
         source, answer = comm.recv()
-        if isinstance(answer, AlbertError):
+        if isinstance(answer, Exception):
             raise answer
         task = next(waiting, None)
         comm.send(task, dest=source)
@@ -131,7 +134,7 @@ def serve_mpi(comm: Any) -> None:
 
 def _serve_step(comm: Any, worker: Worker, step: Step) -> None:
     """Ask rank 0 for tasks until there are none."""
-    answer: TaskRecord | AlbertError | None = None
+    answer: TaskRecord | Exception | None = None
     while True:
         comm.send((comm.rank, answer), dest=0)
         while not comm.iprobe(source=0):
@@ -141,5 +144,5 @@ def _serve_step(comm: Any, worker: Worker, step: Step) -> None:
             return
         try:
             answer = _apply(worker, step, task)
-        except AlbertError as error:
-            answer = error
+        except (AlbertError, OSError) as error:
+            answer = error  # rank 0 says it

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from albert.errors import ConfigError, DataError, MissingInputError
-from data_prep.corpus import COMPRESSED_SUFFIXES, detect_format, read_head
+from data_prep.corpus import detect_format
+from data_prep.files import COMPRESSED_SUFFIXES, read_head
 from data_prep.settings import BuildSettings
 
 MAX_TASK_BYTES = 64 << 20

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from albert.masking import example_keys
 from albert.shards import Block, ShardEntry, write_file_durably, write_shard
@@ -25,23 +24,11 @@ from data_prep.examples import ExampleMaker
 from data_prep.plan import Task
 from data_prep.segments import TokenizedDocuments
 from data_prep.settings import BuildSettings
+from data_prep.work_directory import TaskRecord, repeated_path, signature_path
 
 POOL_TOKENS = 1 << 20
 """Tokens that are paired and masked together. Large enough for numpy, small enough for the cache and the memory."""
 SPLITS = ("train", "eval")
-WORK_DIRECTORY = ".build"
-"""Hidden directory inside the output while a build runs"""
-
-
-class TaskRecord(BaseModel):
-    """What a finished task left behind."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    task: int
-    input_bytes: int
-    counts: dict[str, int]
-    shards: tuple[ShardEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -94,16 +81,6 @@ def document_hashes(batch: DocumentBatch) -> NDArray[np.uint64]:
     """[documents] `document_hash` of each."""
     ranges = pairwise(batch.ends)
     return np.array([document_hash(batch.sentences[a:b]) for a, b in ranges], np.uint64)
-
-
-def signature_path(output: str | Path, task: int) -> Path:
-    """Where the signatures of a task's documents lie while a build with --dedup runs."""
-    return Path(output) / WORK_DIRECTORY / f"signatures-{task:05d}.npy"
-
-
-def repeated_path(output: str | Path, task: int) -> Path:
-    """Where it says which documents of a task repeat an earlier one."""
-    return Path(output) / WORK_DIRECTORY / f"repeated-{task:05d}.npy"
 
 
 @dataclass(frozen=True)

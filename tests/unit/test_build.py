@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -236,6 +237,24 @@ def test_a_shard_that_vanished_is_made_again(place, tmp_path, monkeypatch):
     monkeypatch.setattr(worker.Worker, "run", real)
     make(place, tmp_path / "b")
     assert fingerprint(tmp_path / "b") == fingerprint(tmp_path / "whole")
+
+
+def test_an_input_that_changed_meanwhile_is_named(place, tmp_path, monkeypatch):
+    real = worker.Worker.run
+
+    def stop(self, task):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker.Worker, "run", stop)
+    corpus = tmp_path / "english.txt"
+    corpus.write_bytes((place / "english.txt").read_bytes())
+    asked = replace(request(place, tmp_path / "out"), inputs=(str(corpus),))
+    with pytest.raises(KeyboardInterrupt):
+        build(asked)
+    monkeypatch.setattr(worker.Worker, "run", real)
+    os.utime(corpus, ns=(1, 1))
+    with pytest.raises(ConfigError, match=r"english.txt: was changed after the build in .*out began"):
+        build(asked)
 
 
 def test_two_builds_in_one_directory_are_refused(place, tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from albert.errors import ConfigError, DataError, MissingInputError
 from data_prep import cleaning, corpus, plan
-from data_prep.corpus import detect_format, read_documents, read_head
+from data_prep.corpus import detect_format, read_documents
+from data_prep.files import read_head
 from data_prep.plan import Part, Source, find_sources, plan_tasks
 from data_prep.settings import BuildSettings
 from tests.corpora import CHINESE, english_documents, write_english
