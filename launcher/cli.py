@@ -30,8 +30,6 @@ start it again to go on. Exit codes: 0 done, 65 bad data, 66 missing input, 70 n
 75 stopped, 76 a rank was lost, 77 refused, 78 configuration.
 """
 
-_ABSENT = ("preflight",)
-
 
 class _Parser(argparse.ArgumentParser):
     """Reports mistakes of the command line as all other mistakes are: one line and exit code 78."""
@@ -63,10 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_hosts_command(places)
     add_slurm_command(places)
     add_plan_command(places)
-    for name in _ABSENT:
-        absent = places.add_parser(name, help="not available in this version", prefix_chars="\0")
-        absent.add_argument("arguments", nargs="*")
-        absent.set_defaults(run=_run_absent)
+    preflight = places.add_parser(
+        "preflight", help="check this machine before an expensive start", prefix_chars="\0", add_help=False
+    )
+    preflight.add_argument("arguments", nargs=argparse.REMAINDER)
+    preflight.set_defaults(run=_run_preflight)
     return parser
 
 
@@ -76,8 +75,12 @@ def _add_program(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="given to the program as they are")
 
 
-def _run_absent(options: argparse.Namespace) -> int:
-    raise ConfigError(f"launcher {options.place}: not available in this version; use launcher local")
+def _run_preflight(options: argparse.Namespace) -> int:
+    """`launcher preflight [-n N] ...` is `launcher local [-n N] preflight ...`."""
+    words = list(options.arguments)
+    ranks = words[:2] if words[:1] == ["-n"] else []
+    local = build_parser().parse_args(["local", *ranks, "preflight", *words[len(ranks) :]])
+    return int(local.run(local))
 
 
 def _run_local(options: argparse.Namespace) -> int:

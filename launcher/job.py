@@ -16,7 +16,12 @@ from typing import Self
 
 from albert.errors import ConfigError
 
-PROGRAMS = {"pretrain": "albert.pretrain", "finetune": "albert.finetune", "data": "data_prep"}
+PROGRAMS = {
+    "pretrain": "albert.pretrain",
+    "finetune": "albert.finetune",
+    "preflight": "albert.preflight",
+    "data": "data_prep",
+}
 """Programs by the name that the command line gives them; each value is a module for `python -m`."""
 
 

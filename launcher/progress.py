@@ -22,7 +22,7 @@ def run_directory(program: str, arguments: Sequence[str]) -> Path | None:
     parser.add_argument("--config")
     parser.add_argument("--output")
     known, rest = parser.parse_known_args(list(arguments))
-    if program != "pretrain":
+    if program not in ("pretrain", "preflight"):
         return Path(known.output) if known.output else None
     if known.config is None:
         return None

@@ -26,7 +26,12 @@ from launcher.progress import committed_step, last_metrics, run_directory
 
 LOG_ROOT = "slurm-logs"
 """Below the directory that a job is submitted from."""
-TEMPLATES = {"pretrain": "pretrain", "finetune": "finetune", "data": "data_prep"}
+TEMPLATES = {
+    "pretrain": "pretrain",
+    "finetune": "finetune",
+    "preflight": "preflight",
+    "data": "data_prep",
+}
 """Template of each program."""
 
 _JOB_FILE = "job.json"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ssh_hosts
 from machines import missing_for_machines
 from slurm_cluster import COMMANDS, SlurmCluster
 
@@ -56,3 +57,24 @@ def tokenizer(text, tmp_path_factory) -> Path:
     arguments = ["tokenizer", "--input", text, "--output", directory, "--vocab-size", "600"]
     subprocess.run([sys.executable, "-m", "data_prep", *arguments], check=True, cwd=ROOT, capture_output=True)
     return directory / "spiece.model"
+
+
+@pytest.fixture(scope="session")
+def hosts():
+    reason = missing_for_machines(*ssh_hosts.COMMANDS)
+    if reason:
+        pytest.skip(reason)
+    hosts = ssh_hosts.SshHosts()
+    yield hosts
+    hosts.close()
+
+
+@pytest.fixture(scope="session")
+def local_shards(text, tokenizer, tmp_path_factory) -> Path:
+    """A dataset, built without a cluster."""
+    directory = tmp_path_factory.mktemp("shards") / "data"
+    build = ["build", "--input", text, "--tokenizer", tokenizer, "--output", directory, "--workers", "1"]
+    settings = ["--max-seq-length", "32", "--eval-fraction", "0.1"]
+    command = [sys.executable, "-m", "data_prep", *build, *settings]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    return directory

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from machines import PATH, Machines, wait_until
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = ("sshd", "ssh", "ssh-keygen", "pdsh", "ompi_info")
 _CLIENT = """
 Host *
@@ -60,6 +61,13 @@ class SshHosts:
                 10,
                 f"no ssh to {name}",
             )
+
+    def launch(self, host: str, directory: Path, *words: str) -> subprocess.Popen[str]:
+        """`python -m launcher` on a host, one thread per rank."""
+        root = ["OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"]
+        settings = [f"PYTHONPATH={ROOT}", "DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=1", *root]
+        command = ["env", *settings, sys.executable, "-m", "launcher", *words]
+        return self.machines.start(host, *command, cwd=directory)
 
     def close(self) -> None:
         self.machines.close()

@@ -6,12 +6,10 @@ import json
 import shlex
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from machines import missing_for_machines, wait_until
-from ssh_hosts import COMMANDS, SshHosts
+from machines import wait_until
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 8
@@ -22,26 +20,6 @@ SETTINGS = shlex.split(
 )
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def hosts():
-    reason = missing_for_machines(*COMMANDS)
-    if reason:
-        pytest.skip(reason)
-    hosts = SshHosts()
-    yield hosts
-    hosts.close()
-
-
-@pytest.fixture(scope="module")
-def shards(text, tokenizer, tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("shards") / "data"
-    build = ["build", "--input", text, "--tokenizer", tokenizer, "--output", directory, "--workers", "1"]
-    settings = ["--max-seq-length", "32", "--eval-fraction", "0.1"]
-    command = [sys.executable, "-m", "data_prep", *build, *settings]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    return directory
 
 
 def pretrain(shards: Path, run: Path, *more: str) -> list[str]:
@@ -56,17 +34,6 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
-def start(hosts: SshHosts, host: str, directory: Path, *words: str) -> subprocess.Popen:
-    root = [
-        "OMPI_ALLOW_RUN_AS_ROOT=1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
-        "DS_ACCELERATOR=cpu",
-        "OMP_NUM_THREADS=1",
-    ]
-    command = ["env", f"PYTHONPATH={ROOT}", *root, sys.executable, "-m", "launcher", *words]
-    return hosts.machines.start(host, *command, cwd=directory)
-
-
 def end(process: subprocess.Popen, code: int) -> str:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == code, output
@@ -77,12 +44,12 @@ STOPPED = f"train.stop_after_steps={NUM_STEPS}"
 
 
 @pytest.fixture(scope="module")
-def by_themselves(hosts, shards, tmp_path_factory) -> list[float]:
+def by_themselves(hosts, local_shards, tmp_path_factory) -> list[float]:
     """Losses of the run that each host starts by itself."""
     directory = tmp_path_factory.mktemp("no-ssh")
     common = ["hosts", "--hostfile", str(hosts.hostfile), "--no-ssh", "--node-rank"]
-    job = pretrain(shards, directory / "run", STOPPED)
-    running = [start(hosts, f"node{n + 1}", directory, *common, str(n), *job) for n in range(2)]
+    job = pretrain(local_shards, directory / "run", STOPPED)
+    running = [hosts.launch(f"node{n + 1}", directory, *common, str(n), *job) for n in range(2)]
     for process in running:
         end(process, 75)
     assert len(losses(directory / "run")) == NUM_STEPS
@@ -91,19 +58,19 @@ def by_themselves(hosts, shards, tmp_path_factory) -> list[float]:
 
 @pytest.mark.parametrize("via", ["pdsh", "openmpi"])
 def test_one_command_trains_to_the_same_losses_and_ends_with_the_ranks_code(
-    hosts, shards, by_themselves, tmp_path, via
+    hosts, local_shards, by_themselves, tmp_path, via
 ):
     words = ["hosts", "--hostfile", str(hosts.hostfile), "--via", via, "--interface", "eth0"]
-    end(start(hosts, "ctl", tmp_path, *words, *pretrain(shards, tmp_path / "run", STOPPED)), 75)
+    end(hosts.launch("ctl", tmp_path, *words, *pretrain(local_shards, tmp_path / "run", STOPPED)), 75)
     assert losses(tmp_path / "run") == by_themselves
     logs = next((tmp_path / "launcher-logs").iterdir())
     assert sorted(path.name for path in logs.glob("*.log")) == ["rank-0.log", "rank-1.log"]
 
 
-def test_a_signal_to_the_launcher_commits_on_all_hosts(hosts, shards, tmp_path):
+def test_a_signal_to_the_launcher_commits_on_all_hosts(hosts, local_shards, tmp_path):
     words = ["hosts", "--hostfile", str(hosts.hostfile)]
-    process = start(
-        hosts, "ctl", tmp_path, *words, *pretrain(shards, tmp_path / "run", "train.num_steps=100000")
+    process = hosts.launch(
+        "ctl", tmp_path, *words, *pretrain(local_shards, tmp_path / "run", "train.num_steps=100000")
     )
     run = tmp_path / "run"
     wait_until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 3, 90, "no steps were trained")

@@ -39,12 +39,13 @@ def submission(*arguments: str, program: str = "pretrain", **fields) -> Submissi
 
 
 def test_templates_ship_and_are_scripts_in_their_own_right():
-    assert template_names() == ["data_prep", "finetune", "pretrain", "pretrain_xlarge"]
+    assert template_names() == ["data_prep", "finetune", "preflight", "pretrain", "pretrain_xlarge"]
     for name in template_names():
         text = read_template(name)
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
         options = template_options(text)
-        assert {"requeue", "open-mode", "signal", "nodes", "ntasks-per-node"} <= set(options)
+        assert {"open-mode", "signal", "nodes", "ntasks-per-node"} <= set(options)
+        assert ("requeue" in options) == (name != "preflight")
         assert 'arguments=("$@")' in text or 'arguments=(--config xlarge "$@")' in text
 
 
@@ -168,9 +169,7 @@ def test_mistakes_of_a_cluster_file_name_file_and_key(fields, message):
 def test_a_missing_cluster_file_or_template_is_named():
     with pytest.raises(MissingInputError, match=r"copy slurm/cluster.example.yaml and edit it"):
         read_cluster("/nowhere.yaml")
-    with pytest.raises(
-        MissingInputError, match=r"templates are data_prep, finetune, pretrain, pretrain_xlarge"
-    ):
+    with pytest.raises(MissingInputError, match=r"templates are data_prep, finetune, preflight, pretrain"):
         read_template("nowhere")
     with pytest.raises(ConfigError, match="not a template"):
         read_template(__file__.replace("test_launcher_slurm", "test_imports"))
