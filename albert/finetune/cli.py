@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from albert.errors import ConfigError, run_command
+from albert.finetune.custom import read_task
 from albert.finetune.request import Request
 from albert.finetune.settings import FinetuneSettings, settings_for
 from albert.finetune.task_definition import METRICS_OF_KIND, Task
@@ -22,6 +23,8 @@ _EXAMPLES = """examples:
       --do-train --do-eval --do-predict --epochs 3 --batch-size 32 --learning-rate 2e-5 --max-seq-length 128
   python -m albert.finetune --task lcqmc --data-dir data/lcqmc --model runs/lcqmc/model --output runs/again --do-test
   python -m launcher local -n 2 finetune --task mnli ...       (several ranks on one machine)
+  python -m albert.finetune --task rte ... --do-train --do-eval --seeds 5 --learning-rates 1e-5 2e-5 3e-5
+  python -m albert.finetune --task custom --task-file mine.yaml --data-dir data/mine ...
 
 data: DIR holds train, dev and test as .tsv, .txt, .csv, .json or .jsonl (or under the benchmark's own names);
       LCQMC form is one pair per line: text <TAB> text <TAB> label. Only a test file may be without labels.
@@ -40,7 +43,6 @@ _SETTINGS: dict[str, tuple[type, str]] = {
     "max_seq_length": (int, "longest sequence in tokens; longer ones are cut"),
     "weight_decay": (float, "AdamW's, not on biases and LayerNorms"),
     "max_grad_norm": (float, "clip the gradient norm; 0 for no clipping"),
-    "layer_decay": (float, "learning-rate factor per layer away from the head"),
     "dropout": (float, "dropout of hidden states and attention (default: the model's)"),
     "classifier_dropout": (float, "dropout before the head (default: the model's, 0.1)"),
     "eval_interval_steps": (int, "steps between evaluations on dev (default: once per epoch)"),
@@ -68,7 +70,7 @@ def _main() -> None:
         print(task_table())
         return
     request = _request(arguments)
-    task = find_task(request.task)
+    task = _find_task(request)
     settings = settings_for(task, request.overrides)
     _check_output(Path(request.output))
     _run(request, task, settings, stop)
@@ -79,12 +81,16 @@ def _run(request: Request, task: Task, settings: FinetuneSettings, stop: StopReq
     from albert.distributed import close_world, init_world
     from albert.finetune.preparation import prepare
     from albert.finetune.run import run_once
+    from albert.finetune.sweep import run_sweep
 
     stop.install()
     prepared = prepare(request, task, settings)
     world = init_world(settings.device, timeout_s=1800.0)
     try:
-        run_once(prepared, request, settings, Path(request.output), world, stop)
+        if request.is_sweep:
+            run_sweep(prepared, request, settings, world, stop)
+        else:
+            run_once(prepared, request, settings, Path(request.output), world, stop)
     finally:
         close_world()
 
@@ -98,7 +104,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--list-tasks", action="store_true", help="print the table of tasks and stop")
-    parser.add_argument("--task", help="a task of --list-tasks")
+    parser.add_argument("--task", help="a task of --list-tasks, or custom with --task-file")
+    parser.add_argument("--task-file", help="YAML file of a task of your own (--task custom)")
     parser.add_argument("--data-dir", help="directory of the data files")
     parser.add_argument(
         "--model", help="pretrained or fine-tuned model, Hugging Face directory, checkpoint, or run"
@@ -113,6 +120,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     for name, (choices, text) in _CHOICES.items():
         group.add_argument(f"--{name.replace('_', '-')}", choices=choices, help=text)
     group.add_argument("--metric", help="metric that chooses the best weights")
+    group.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="train N times with seeds --seed, +1, ..."
+    )
+    group.add_argument(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="RATE",
+        help="a grid: train with each rate",
+    )
     group.add_argument("--deepspeed", help="placement: zero0 zero1 zero2 zero3 zero2_offload, or a JSON file")
     group.add_argument("--reinit-pooler", action="store_true", default=None, help="start with a new pooler")
     group.add_argument("--no-tensorboard", dest="tensorboard", action="store_false", default=None)
@@ -145,6 +163,10 @@ def _request(arguments: argparse.Namespace) -> Request:
         missing.append("one of " + ", ".join(f"--{name.replace('_', '-')}" for name in actions))
     if missing:
         raise ConfigError(f"missing: {'; '.join(missing)}; see --help for examples")
+    if arguments.seeds < 1:
+        raise ConfigError(f"--seeds ({arguments.seeds}) must be at least 1")
+    if (arguments.seeds > 1 or arguments.learning_rates) and not (arguments.do_train and arguments.do_eval):
+        raise ConfigError("--seeds and --learning-rates compare trainings on dev; add --do-train --do-eval")
     names = (*_SETTINGS, *_CHOICES, "metric", "deepspeed", "reinit_pooler", "tensorboard")
     overrides = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     return Request(
@@ -153,9 +175,18 @@ def _request(arguments: argparse.Namespace) -> Request:
         model=arguments.model,
         output=arguments.output,
         tokenizer=arguments.tokenizer,
+        task_file=arguments.task_file,
+        num_seeds=arguments.seeds,
+        learning_rates=tuple(arguments.learning_rates),
         overrides=overrides,
         **{name: getattr(arguments, name) for name in _ACTIONS},
     )
+
+
+def _find_task(request: Request) -> Task:
+    if (request.task == "custom") != (request.task_file is not None):
+        raise ConfigError("--task custom and --task-file FILE.yaml belong together; give both or neither")
+    return find_task(request.task) if request.task_file is None else read_task(Path(request.task_file))
 
 
 def _check_output(path: Path) -> None:

@@ -26,6 +26,11 @@ class Request:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Settings that the command line gave, by their name in `FinetuneSettings`."""
 
+    @property
+    def is_sweep(self) -> bool:
+        """Whether more than one training was asked for."""
+        return self.num_seeds > 1 or bool(self.learning_rates)
+
     def splits(self) -> list[str]:
         """Splits that must be there, train first because it defines the labels."""
         return [

@@ -33,8 +33,6 @@ class FinetuneSettings(BaseModel):
     max_seq_length: int = Field(ge=8)
     weight_decay: float = Field(default=0.01, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0)
-    layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Factor on the learning rate for every layer further from the head; shared layers count as one."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Hidden and attention dropout; default: the model's own."""
     classifier_dropout: float | None = Field(default=None, ge=0, lt=1)

@@ -67,7 +67,7 @@ def _demo_task() -> Task:
         "classification",
         "the demo's sentence pairs, in their order or not",
         "accuracy",
-        Recipe(1e-3, 64, epochs=3, max_seq_length=128, source="for the demo's small model"),
+        Recipe(5e-4, 32, epochs=2, max_seq_length=128, source="for the demo's small model"),
         _row_files(),
         columns=_PAIR,
         labels=_BINARY,

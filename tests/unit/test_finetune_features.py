@@ -25,7 +25,17 @@ _HAN = "北京大学在中国首都是的人口多少年建立了哪里谁"
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
-    pieces = [*_SPECIAL, *_LETTERS, *(f"##{c}" for c in _LETTERS), "the", "##ing", *dict.fromkeys(_HAN), ".", ",", "?"]
+    pieces = [
+        *_SPECIAL,
+        *_LETTERS,
+        *(f"##{c}" for c in _LETTERS),
+        "the",
+        "##ing",
+        *dict.fromkeys(_HAN),
+        ".",
+        ",",
+        "?",
+    ]
     path.write_text("\n".join(pieces) + "\n", encoding="utf-8")
     return load_tokenizer(path)
 
@@ -80,7 +90,9 @@ def test_classification_targets_predictions_and_scores(tokenizer):
 
 
 def test_regression_targets(tokenizer):
-    data = _text_data(tokenizer, "sts-b", [TextExample("x", "a", "b", "2.5"), TextExample("y", "c", "d", "1")], ())
+    data = _text_data(
+        tokenizer, "sts-b", [TextExample("x", "a", "b", "2.5"), TextExample("y", "c", "d", "1")], ()
+    )
     assert data.batch(np.array([0, 1])).labels.tolist() == [2.5, 1.0]
     assert data.scores(np.array([[5.0], [2.0]], dtype=np.float32))["pearson"] == pytest.approx(1.0)
 
@@ -103,10 +115,20 @@ def test_choices_of_different_number(tokenizer):
 
 
 def test_tags_stand_at_the_first_token_of_each_word(tokenizer):
-    examples = [TagExample("x", ("ab", "\u200b", "c"), ("B-X", "O", "I-X")), TagExample("y", ("c",) * 9, ("O",) * 9)]
+    examples = [
+        TagExample("x", ("ab", "\u200b", "c"), ("B-X", "O", "I-X")),
+        TagExample("y", ("c",) * 9, ("O",) * 9),
+    ]
     data = _text_data(tokenizer, "conll-ner", examples, ("O", "B-X", "I-X"), 7)
     batch = data.batch(np.array([0, 1]))
-    assert tokenizer.pieces(batch.sequences.input_ids.tolist())[:6] == ["[CLS]", "a", "##b", "[UNK]", "c", "[SEP]"]
+    assert tokenizer.pieces(batch.sequences.input_ids.tolist())[:6] == [
+        "[CLS]",
+        "a",
+        "##b",
+        "[UNK]",
+        "c",
+        "[SEP]",
+    ]
     assert batch.labels.tolist() == [-100, 1, -100, 0, 2, -100, -100, 0, 0, 0, 0, 0, -100]
     assert data.loss_counts.tolist() == [3, 5]
     logits = torch.nn.functional.one_hot(torch.tensor([0, 1, 0, 0, 2, 0, 0, 2, 0, 0, 0, 0, 0]), 3).float()
@@ -145,7 +167,8 @@ def test_spans_with_sliding_windows_give_an_exact_oracle(tokenizer):
     context = "北京 is the capital. 人口 21 million, 建立 in 1045 BC. Running cafés: 多少"
     answers = ["北京", "capital", "21 million", "1045 BC", "cafés"]
     examples = [
-        SpanExample(str(n), f"谁 {n}?", context, ((answer, context.index(answer)),)) for n, answer in enumerate(answers)
+        SpanExample(str(n), f"谁 {n}?", context, ((answer, context.index(answer)),))
+        for n, answer in enumerate(answers)
     ]
     task = find_task("cmrc2018")
     for max_length, stride in ((28, 8), (40, 10), (128, 64)):
@@ -177,7 +200,9 @@ def test_misaligned_answers_are_found_again_or_dropped_with_a_count(tokenizer):
 
 def test_a_window_that_is_too_small_is_refused(tokenizer):
     example = SpanExample("a", "a b c d e f g", "在北京大学", (("北京", 1),))
-    with pytest.raises(ConfigError, match=r"--max-seq-length 16 leaves 6 tokens .* question of 7; at least 18"):
+    with pytest.raises(
+        ConfigError, match=r"--max-seq-length 16 leaves 6 tokens .* question of 7; at least 18"
+    ):
         make_task_data(find_task("squad"), Split("train", "f", (example,)), (), tokenizer, 16)
 
 

@@ -63,8 +63,38 @@ def test_correlations_equal_scipy(rng):
         assert scores["mean_squared_error"] == pytest.approx(sk.mean_squared_error(gold, predicted))
 
 
-_WORDS = ["the", "a", "Cat", "cat.", "dog", "an", "an-te", "The,", "9.5", "U.S.", "", "don't", "x", "y z", "É"]
-_CHINESE = [*"北京大学在中国", "，", "。", "2008年", "NBA", "iPhone 4s", "-", "《", "》", " ", "3.14", "a_b", "……"]
+_WORDS = [
+    "the",
+    "a",
+    "Cat",
+    "cat.",
+    "dog",
+    "an",
+    "an-te",
+    "The,",
+    "9.5",
+    "U.S.",
+    "",
+    "don't",
+    "x",
+    "y z",
+    "É",
+]
+_CHINESE = [
+    *"北京大学在中国",
+    "，",
+    "。",
+    "2008年",
+    "NBA",
+    "iPhone 4s",
+    "-",
+    "《",
+    "》",
+    " ",
+    "3.14",
+    "a_b",
+    "……",
+]
 
 
 def _text(rng, words, separator):

@@ -1,0 +1,100 @@
+"""Several trainings of one task: seeds, learning rates, and the table that compares them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from albert.distributed import World
+from albert.finetune.preparation import Prepared
+from albert.finetune.request import Request
+from albert.finetune.run import run_once
+from albert.finetune.settings import FinetuneSettings
+from albert.shards import write_file_durably
+from albert.stopping import StopRequest
+
+SWEEP_NAME = "sweep.json"
+
+
+def run_sweep(
+    prepared: Prepared, request: Request, settings: FinetuneSettings, world: World, stop: StopRequest
+) -> dict[str, Any]:
+    """Train with every learning rate and seed; OUTPUT/lr-RATE/seed-N each holds a complete run.
+
+    Returns:
+        What sweep.json holds: every run, and mean and deviation by learning rate.
+    """
+    output = Path(request.output)
+    runs: list[dict[str, Any]] = []
+    for rate in request.learning_rates or (settings.learning_rate,):
+        for seed in range(settings.seed, settings.seed + request.num_seeds):
+            changed = settings.model_copy(update={"learning_rate": rate, "seed": seed})
+            directory = output / f"lr-{rate:g}" / f"seed-{seed}"
+            results = run_once(prepared, request, changed, directory, world, stop)
+            runs.append(_run_entry(rate, seed, directory, results))
+            gc.collect()  # the engine's buffers, before the next one is built
+    summary = {
+        "task": prepared.task.name,
+        "metric": settings.metric,
+        "model": str(prepared.source),
+        "runs": runs,
+        "by_learning_rate": summarise(runs, settings.metric),
+    }
+    if world.is_main:
+        write_file_durably(output / SWEEP_NAME, [(json.dumps(summary, indent=2) + "\n").encode()])
+        table = markdown_table(summary)
+        write_file_durably(output / "sweep.md", [table.encode()])
+        sys.stderr.write(f"\n{table}\nwritten: {output / SWEEP_NAME}, sweep.md\n")
+    return summary
+
+
+def _run_entry(rate: float, seed: int, directory: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "learning_rate": rate,
+        "seed": seed,
+        "directory": str(directory),
+        "collapsed": results["training"]["collapsed"],
+        "splits": results["splits"],
+    }
+
+
+def summarise(runs: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """Mean, sample deviation and best of the metric on every split, by learning rate, best dev mean first."""
+    rows = []
+    for rate in dict.fromkeys(run["learning_rate"] for run in runs):
+        chosen = [run for run in runs if run["learning_rate"] == rate]
+        row: dict[str, Any] = {
+            "learning_rate": rate,
+            "num_seeds": len(chosen),
+            "num_collapsed": sum(run["collapsed"] for run in chosen),
+        }
+        for split in chosen[0]["splits"]:
+            values = [run["splits"][split][metric] for run in chosen]
+            row[split] = {
+                "mean": statistics.fmean(values),
+                "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
+                "best": max(values),
+            }
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["dev"]["mean"])
+
+
+def markdown_table(summary: Mapping[str, Any]) -> str:
+    """The summary as a Markdown table."""
+    rows = summary["by_learning_rate"]
+    splits = [split for split in ("dev", "test") if split in rows[0]]
+    head = ["learning rate", "seeds", "collapsed", *(f"{split} mean ± deviation (best)" for split in splits)]
+    lines = [f"{summary['task']}: {summary['metric']}, from {summary['model']}", ""]
+    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [f"{row['learning_rate']:g}", str(row["num_seeds"]), str(row["num_collapsed"])]
+        for split in splits:
+            score = row[split]
+            cells.append(f"{score['mean']:.4f} ± {score['deviation']:.4f} ({score['best']:.4f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
