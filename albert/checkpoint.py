@@ -136,7 +136,8 @@ class Save:
         Args:
             directory: of the run's checkpoints, shared by all ranks.
             state: equal on all ranks.
-            tensors: (part, name, full tensor) in equal order on all ranks; see `Engine.gather_state`.
+            tensors: (part, name, full tensor) in equal order on all ranks, nobody else's from now on; see
+                `Engine.gather_state`.
             shapes: of every parameter.
             world: the ranks.
 
@@ -150,7 +151,7 @@ class Save:
         sizes = {name: shape.numel() for name, shape in shapes.items()}
         owners = deal_over_ranks(sizes, world.size)
         self._mine = {
-            f"{part}/{name}": tensor.clone() for part, name, tensor in tensors if owners[name] == world.rank
+            f"{part}/{name}": tensor for part, name, tensor in tensors if owners[name] == world.rank
         }
         num_bytes = len(_PARTS) * 4 * sum(sizes.values())
         _on_all_ranks(lambda: self._stage(num_bytes), directory)

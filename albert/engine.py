@@ -139,10 +139,13 @@ class Engine:
 
     def _step_partitioned(self) -> StepResult:
         self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        if not applied and getattr(self._zero, "cpu_offload", False):
+            # 0.19.8 keeps the non-finite sums under offload, and would drop every later step because of them.
+            for index in self._zero.averaged_gradients:
+                self._zero.averaged_gradients[index] = None
         norm = self._engine.get_global_grad_norm()
-        return StepResult(
-            bool(self._engine.was_step_applied()), float("inf") if norm is None else float(norm)
-        )
+        return StepResult(applied, float("inf") if norm is None else float(norm))
 
     def _step_replicated(self) -> StepResult:
         """ZeRO stage 0 checks nothing itself: decide here whether the gradients, equal on all ranks, are finite."""
@@ -187,11 +190,13 @@ class Engine:
             yield self.model
 
     def gather_state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Full fp32 state of every parameter: (part of STATE_PARTS, name, tensor on the CPU). Collective."""
+        """Copies of the full fp32 state: (part of STATE_PARTS, name, tensor on the CPU). Collective."""
         for name, parameter in self.model.named_parameters():
             shape = getattr(parameter, "ds_shape", parameter.shape)
             for part in STATE_PARTS:
-                yield part, name, self._full_tensor(parameter, part).detach().reshape(shape).float().cpu()
+                full = self._full_tensor(parameter, part).detach().reshape(shape).float().cpu()
+                # Without partitions this is the live tensor itself; DeepSpeed's getters fill fresh ones.
+                yield part, name, full if self._zero else full.clone()
 
     def _full_tensor(self, parameter: nn.Parameter, part: str) -> Tensor:
         if self._zero is None:

@@ -107,11 +107,15 @@ class Lamb(torch.optim.Optimizer):
         beta1, beta2 = self.betas
         first.lerp_(gradient, 1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        # One scratch tensor for everything: fresh memory costs more than arithmetic.
+        direction = second.sqrt()
         if self.bias_correction:
-            root = (second.sqrt() / math.sqrt(1 - beta2**self.num_steps)).add_(self.eps)
-            direction = (first / (1 - beta1**self.num_steps)).div_(root)
+            direction.div_(math.sqrt(1 - beta2**self.num_steps)).add_(self.eps).mul_(
+                1 - beta1**self.num_steps
+            )
         else:
-            direction = first / second.sqrt().add_(self.eps)
+            direction.add_(self.eps)
+        torch.div(first, direction, out=direction)
         if group["weight_decay"]:
             direction.add_(parameter, alpha=group["weight_decay"])
         return _Update(group, parameter, direction)

@@ -86,20 +86,6 @@ def test_steps_to_keep_for_ever_stay(tmp_path):
     assert checkpoint.list_steps(tmp_path) == [3, 6, 7]
 
 
-def _mutate_while_writing(directory: Path) -> None:
-    with joined_world() as world:
-        tensors = make_tensors(9)
-        save = checkpoint.Save(directory, make_state(9), tensors, SHAPES, world)
-        for _, _, tensor in tensors:
-            tensor.fill_(float("nan"))
-        save.commit({}, 1, 0)
-
-
-def test_a_checkpoint_holds_the_state_at_the_time_of_the_save(tmp_path):
-    run_ranks(2, _mutate_while_writing, tmp_path)
-    assert_holds(tmp_path, 9)
-
-
 def _save_on_a_full_disk(directory: Path) -> str:
     with joined_world() as world, pytest.MonkeyPatch.context() as patch:
         usage = shutil.disk_usage(directory)

@@ -1,0 +1,79 @@
+"""Examples per second that one core reads from shards: verified, decoded, ordered, packed to tensors.
+
+    python -m benchmarks.loader [--examples 40000] [--rounds 5]
+
+Every example is a full 512 tokens with 77 predictions. The dataset is written first, outside the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from albert.config import DataConfig
+from albert.loader import BatchPlan, TrainLoader
+from albert.shards import MAX_EXAMPLES_PER_BLOCK, Block, Manifest, TokenizerEntry, write_shard
+from benchmarks.figure import print_figure
+
+_LENGTH, _PREDS, _VOCAB = 512, 77, 30000
+_MICRO_BATCH = 32
+
+
+def _block(generator: np.random.Generator) -> Block:
+    n = MAX_EXAMPLES_PER_BLOCK
+    positions = np.sort(
+        generator.permuted(np.tile(np.arange(1, _LENGTH - 1), (n, 1)), axis=1)[:, :_PREDS], axis=1
+    )
+    return Block(
+        input_ids=generator.integers(5, _VOCAB, n * _LENGTH).astype(np.uint16),
+        lengths=np.full(n, _LENGTH, np.uint16),
+        segment_a_lengths=np.full(n, 200, np.uint16),
+        masked_lm_positions=positions.ravel().astype(np.uint16),
+        masked_lm_labels=generator.integers(5, _VOCAB, n * _PREDS).astype(np.uint16),
+        num_masked=np.full(n, _PREDS, np.uint16),
+        sentence_order_labels=generator.integers(0, 2, n).astype(np.int8),
+        word_starts=generator.integers(0, 256, n * _LENGTH // 8).astype(np.uint8),
+    )
+
+
+def _write_dataset(directory: Path, num_examples: int) -> Manifest:
+    generator = np.random.default_rng(0)
+    blocks = (_block(generator) for _ in range(-(-num_examples // MAX_EXAMPLES_PER_BLOCK)))
+    shard = write_shard(directory, "train-00000.tar", "train", blocks)
+    tokenizer = TokenizerEntry(kind="wordpiece", file="vocab.txt", sha256="", vocab_size=_VOCAB)
+    settings = {"max_seq_length": _LENGTH}
+    return Manifest(format_version=1, tokenizer=tokenizer, settings=settings, totals={}, shards=(shard,))
+
+
+def main() -> None:
+    """Measure and print the figure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--examples", type=int, default=40000)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        manifest = _write_dataset(Path(name), options.examples)
+        num_steps = options.examples // _MICRO_BATCH
+        rates = []
+        for seed in range(options.rounds):
+            plan = BatchPlan(_MICRO_BATCH, _MICRO_BATCH, 0, 1, num_steps)
+            loader = TrainLoader(DataConfig(directory=name, num_workers=0), manifest, plan, seed)
+            begin = time.process_time()
+            for _ in loader.steps(0, 0):
+                pass
+            rates.append(num_steps * _MICRO_BATCH / (time.process_time() - begin))
+    print_figure(
+        "loader_static_masks", rates, "examples/s of CPU time", tokens_per_example=_LENGTH, workers=0
+    )
+
+
+if __name__ == "__main__":
+    main()
