@@ -28,8 +28,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from albert.distributed import World, barrier, gather_rows, min_over_ranks
+from albert.durable_files import sync_directory, write_file_durably
 from albert.errors import DataError, DiskError, MissingInputError
-from albert.shards import sync_directory, write_file_durably
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

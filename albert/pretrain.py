@@ -14,9 +14,10 @@ import yaml
 
 from albert.config import RunConfig, load_run_config, recipe_names
 from albert.deepspeed_config import build_deepspeed_config
+from albert.durable_files import write_file_durably
 from albert.errors import ConfigError, PreemptedError, run_command
 from albert.run_lock import lock_run_directory
-from albert.shards import Manifest, read_manifest, write_file_durably
+from albert.shards import Manifest, read_manifest
 from albert.stopping import StopRequest
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from albert.convert.huggingface import read_hugging_face
+from albert.durable_files import sync_directory, write_file_durably
 from albert.errors import MissingInputError, UnsafeError
 from albert.model_config import ModelConfig, model_config_bytes, read_model_config
-from albert.shards import sync_directory, write_file_durably
 from albert.tokenization import SENTENCEPIECE_FILE, WORDPIECE_FILE, find_tokenizer_file
 from albert.weights import check_tensors, read_safetensors, write_safetensors
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from albert.durable_files import write_file_durably
 from albert.errors import DataError, MissingInputError
 
 FORMAT_VERSION = 1
@@ -272,34 +273,6 @@ def read_manifest(directory: Path | str) -> Manifest:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the manifest durably; its presence says that the dataset is complete."""
     write_file_durably(directory / MANIFEST_NAME, [manifest_bytes(manifest)])
-
-
-def write_file_durably(path: Path, chunks: Iterable[bytes]) -> str:
-    """Write to a temporary name, sync, rename, sync the directory; returns the SHA-256 of the content."""
-    digest = hashlib.sha256()
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-    return digest.hexdigest()
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames inside a directory survive a power loss."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_shard(directory: Path, name: str, split: str, blocks: Iterable[Block]) -> ShardEntry:

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from albert.durable_files import write_file_durably
 from albert.errors import DataError
 from albert.heads import (
     AlbertForMultipleChoice,
@@ -24,7 +25,6 @@ from albert.heads import (
     AlbertHead,
 )
 from albert.model_config import ModelConfig
-from albert.shards import write_file_durably
 
 _LISTED_NAMES = 12
 """Names per kind of difference that an error lists."""

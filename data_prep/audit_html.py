@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from albert.shards import write_file_durably
+from albert.durable_files import write_file_durably
 from data_prep.audit import Audit, ngram_law, report_lines, warnings
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}

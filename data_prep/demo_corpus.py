@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+from albert.durable_files import write_file_durably
 from albert.errors import DataError, MissingInputError, UnsafeError
-from albert.shards import write_file_durably
 from data_prep.cleaning import split_sentences
 from data_prep.corpus import detect_format, read_documents
 from data_prep.files import read_head

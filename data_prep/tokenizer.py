@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from albert.durable_files import write_file_durably
 from albert.errors import ConfigError, MissingInputError, UnsafeError
-from albert.shards import write_file_durably
 from albert.tokenization import SENTENCEPIECE_FILE, normalise_texts
 from data_prep.corpus import read_documents
 from data_prep.plan import find_sources, plan_tasks

@@ -16,8 +16,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from albert.durable_files import write_file_durably
 from albert.errors import ConfigError, UnsafeError
-from albert.shards import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, write_file_durably
+from albert.shards import MANIFEST_NAME, Manifest, ShardEntry, read_manifest
 from data_prep.plan import Source
 
 _NAME = ".build"

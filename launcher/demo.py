@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import IO
 
 from albert.config import load_run_config
+from albert.durable_files import write_file_durably
 from albert.errors import AlbertError, MissingInputError, PreemptedError, UnsafeError
-from albert.shards import write_file_durably
 from launcher.demo_report import write_report
 from launcher.process import child_setup
 
@@ -97,7 +97,7 @@ def add_demo_command(places: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("-n", dest="num_ranks", type=int, default=2, help="ranks (2)")
     parser.add_argument("--steps", type=int, default=0, help="pretraining steps (the recipe's)")
-    parser.add_argument("--finetune-steps", type=int, default=0, help="fine-tuning steps (three epochs)")
+    parser.add_argument("--finetune-steps", type=int, default=0, help="fine-tuning steps (two epochs)")
     parser.set_defaults(run=_run_demo)
 
 
@@ -173,7 +173,7 @@ def demo_stages(plan: DemoPlan) -> list[Stage]:
             "shards",
             "build shards of n-gram-masked sentence pairs",
             ("data_prep", "build", "--input", str(corpus), "--tokenizer", str(tokenizer), "--output", str(shards),
-             "--max-seq-length", _SEQUENCE_LENGTH, "--dupe-factor", "5", "--eval-fraction", "0.05",
+             "--max-seq-length", _SEQUENCE_LENGTH, "--dupe-factor", "8", "--eval-fraction", "0.06",
              "--workers", str(plan.num_ranks)),
             ("shards",),
         ),

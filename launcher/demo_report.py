@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from albert.shards import write_file_durably
+from albert.durable_files import write_file_durably
 
 _COLOURS = {"train": "#9ecae1", "eval": "#08519c", "order": "#d94801", "resume": "#636363"}
 

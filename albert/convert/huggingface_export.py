@@ -11,10 +11,10 @@ from torch import Tensor
 
 from albert.convert.huggingface import hugging_face_name
 from albert.convert.tokenizer_files import write_tokenizer_files
+from albert.durable_files import write_file_durably
 from albert.errors import ConfigError
 from albert.model_config import ModelConfig
 from albert.pretrained import CONFIG_NAME, WEIGHTS_NAME, replaced_directory
-from albert.shards import write_file_durably
 from albert.tokenization import load_tokenizer
 from albert.weights import write_safetensors
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from albert.durable_files import sync_directory
 from albert.errors import ConfigError, DataError
 from albert.heads import AlbertForPreTraining, AlbertForQuestionAnswering, AlbertHead
 from albert.model_config import ModelConfig
-from albert.shards import sync_directory
 from albert.weights import build_model
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")

@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from albert.durable_files import write_file_durably
 from albert.pretrained import copy_tokenizer
-from albert.shards import write_file_durably
 from albert.tokenization import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 

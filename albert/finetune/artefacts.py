@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from albert.durable_files import write_file_durably
 from albert.finetune.task_definition import Task
-from albert.shards import write_file_durably
 
 RESULTS_NAME = "results.json"
 

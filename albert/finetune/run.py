@@ -17,6 +17,7 @@ from torch import Tensor
 from albert.config import LogConfig
 from albert.deepspeed_config import complete_placement, read_placement
 from albert.distributed import World, barrier
+from albert.durable_files import write_file_durably
 from albert.engine import Engine
 from albert.errors import DataError, PreemptedError
 from albert.finetune.artefacts import update_results, write_predictions, write_submission
@@ -29,7 +30,6 @@ from albert.finetune.task_card import TaskCard
 from albert.finetune.task_model import build_model, initialise
 from albert.monitoring import Monitor
 from albert.pretrained import save_pretrained
-from albert.shards import write_file_durably
 from albert.stopping import StopRequest
 
 MODEL_NAME = "model"

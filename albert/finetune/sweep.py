@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from albert.distributed import World
+from albert.durable_files import write_file_durably
 from albert.finetune.preparation import Prepared
 from albert.finetune.request import Request
 from albert.finetune.run import run_once
 from albert.finetune.settings import FinetuneSettings
-from albert.shards import write_file_durably
 from albert.stopping import StopRequest
 
 SWEEP_NAME = "sweep.json"
