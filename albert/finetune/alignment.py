@@ -29,6 +29,7 @@ def align(text: str, pieces: Sequence[str]) -> NDArray[np.int64]:
         visible has an empty range.
     """
     characters, origins = _normalise(text)
+    ends = _ends(text, origins)
     spans = np.zeros((len(pieces), 2), dtype=np.int64)
     cursor = 0
     unknown: list[int] = []
@@ -40,11 +41,11 @@ def align(text: str, pieces: Sequence[str]) -> NDArray[np.int64]:
         if found < 0:
             unknown.append(index)
             continue
-        _fill(spans, unknown, cursor, found, origins)
+        _fill(spans, unknown, cursor, found, origins, ends)
         cursor = found + len(surface)
-        spans[index] = origins[found], origins[cursor - 1] + 1
+        spans[index] = origins[found], ends[cursor - 1]
         unknown = []
-    _fill(spans, unknown, cursor, len(characters), origins)
+    _fill(spans, unknown, cursor, len(characters), origins, ends)
     return spans
 
 
@@ -60,6 +61,17 @@ def _normalise(text: str) -> tuple[str, list[int]]:
     return "".join(characters), origins
 
 
+def _ends(text: str, origins: list[int]) -> list[int]:
+    """Where each character ends: accents that normalisation drops belong to the character before them."""
+    ends = []
+    for origin in origins:
+        end = origin + 1
+        while end < len(text) and unicodedata.combining(text[end]):
+            end += 1
+        ends.append(end)
+    return ends
+
+
 def _surface(piece: str) -> str:
     """The characters that a piece shows, normalised; empty for an unknown one."""
     if piece in {"[UNK]", "<unk>"}:
@@ -67,12 +79,14 @@ def _surface(piece: str) -> str:
     return _normalise(piece.removeprefix("##").replace("▁", ""))[0]
 
 
-def _fill(spans: NDArray[np.int64], unknown: list[int], start: int, end: int, origins: list[int]) -> None:
+def _fill(
+    spans: NDArray[np.int64], unknown: list[int], start: int, end: int, origins: list[int], ends: list[int]
+) -> None:
     """Give the characters `start` to `end` to unknown pieces: one each, the rest to the last."""
     for offset, index in enumerate(unknown):
         first = min(start + offset, end)
         last = end if offset == len(unknown) - 1 else min(first + 1, end)
         if first < last:
-            spans[index] = origins[first], origins[last - 1] + 1
+            spans[index] = origins[first], ends[last - 1]
         elif first > 0:
-            spans[index] = origins[first - 1] + 1, origins[first - 1] + 1
+            spans[index] = ends[first - 1], ends[first - 1]

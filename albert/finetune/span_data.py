@@ -55,7 +55,12 @@ class SpanData:
         self._options = task.options
         self._query_limit = int(task.options.get("max_query_length", 64))
         self._max_answer = int(task.options.get("max_answer_length", 30))
-        self.notes = {"misaligned answers": 0, "windows": 0, "answers split by a window": 0}
+        self.notes = {
+            "misaligned answers": 0,
+            "realigned answers": 0,
+            "windows": 0,
+            "answers split by a window": 0,
+        }
         examples = [example for example in split.examples if isinstance(example, SpanExample)]
         self.is_labelled = any(example.is_labelled for example in examples)
         self.examples, self._answers = self._usable(examples)
@@ -79,7 +84,9 @@ class SpanData:
         kept, answers = [], []
         for example in examples:
             answer = first_literal_answer(example)
+            stated = [(start, start + len(text)) for text, start in example.answers]
             self.notes["misaligned answers"] += bool(example.answers) and answer is None
+            self.notes["realigned answers"] += answer is not None and answer not in stated
             if self.split.name == "train" and answer is None and not example.is_impossible:
                 continue
             kept.append(example)

@@ -294,7 +294,7 @@ def _reading_tasks() -> list[Task]:
             cmrc,
             cmrc_files,
             form="squad",
-            options={**english, "language": "zh", "max_answer_length": 50, "null_answers": False},
+            options={**english, "language": "zh", "max_answer_length": 512, "null_answers": False},
         ),
         Task(
             "race",

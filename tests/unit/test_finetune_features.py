@@ -145,6 +145,7 @@ def test_tags_stand_at_the_first_token_of_each_word(tokenizer):
         ("在 NBA 打", ["在", "[UNK]", "打"], ["在", "NBA", "打"]),
         ("a ☃☃ b", ["▁a", "▁", "<unk>", "▁b"], ["a", "☃", "☃", "b"]),
         ("ﬁne", ["fi", "##ne"], ["ﬁ", "ne"]),
+        ("cafe\u0301 au", ["caf", "##e", "au"], ["caf", "e\u0301", "au"]),
     ],
 )
 def test_alignment(text, pieces, expected):
