@@ -22,6 +22,7 @@ _EXAMPLES = """examples:
   python -m albert.finetune --task sst-2 --data-dir data/SST-2 --model albert-base-v2 --output runs/sst2 \\
       --do-train --do-eval --do-predict --epochs 3 --batch-size 32 --learning-rate 2e-5 --max-seq-length 128
   python -m albert.finetune --task lcqmc --data-dir data/lcqmc --model runs/lcqmc/model --output runs/again --do-test
+  python -m albert.finetune predict --model runs/lcqmc/model < pairs.jsonl > answers.jsonl
   python -m launcher local -n 2 finetune --task mnli ...       (several ranks on one machine)
   python -m albert.finetune --task rte ... --do-train --do-eval --seeds 5 --learning-rates 1e-5 2e-5 3e-5
   python -m albert.finetune --task custom --task-file mine.yaml --data-dir data/mine ...
@@ -64,6 +65,11 @@ def main() -> None:
 
 
 def _main() -> None:
+    if sys.argv[1:2] == ["predict"]:
+        from albert.finetune.predict import run_predict
+
+        run_predict(sys.argv[2:])
+        return
     stop = StopRequest()
     arguments = _parse(sys.argv[1:])
     if arguments.list_tasks:

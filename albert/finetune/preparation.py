@@ -62,7 +62,7 @@ def prepare(request: Request, task: Task, settings: FinetuneSettings) -> Prepare
         DataError: bad rows, or the weights are damaged.
         ConfigError: model, tokenizer, labels and settings do not fit together.
     """
-    source = _model_directory(Path(request.model))
+    source = find_model_directory(Path(request.model))
     card = TaskCard.read(source)
     labels, splits = _read_splits(request, task, card)
     config, weights, tokenizer_path = load_pretrained(source)
@@ -77,7 +77,7 @@ def prepare(request: Request, task: Task, settings: FinetuneSettings) -> Prepare
     )
 
 
-def _model_directory(path: Path) -> Path:
+def find_model_directory(path: Path) -> Path:
     """`path`, or the model of a fine-tuning run's output directory."""
     if not path.exists():
         raise MissingInputError(f"--model {path}: no such directory")

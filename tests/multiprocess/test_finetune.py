@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from albert.finetune.preparation import prepare
 from albert.finetune.request import Request
 from albert.finetune.run import run_once
 from albert.finetune.settings import settings_for
+from albert.finetune.sweep import run_sweep
 from albert.finetune.tasks import find_task
 from albert.pretrained import load_pretrained
 from albert.stopping import StopRequest
@@ -22,6 +25,7 @@ from tests.ranks import run_ranks
 from tests.tiny_task import LETTERS, MODEL, write_model, write_task
 
 pytestmark = pytest.mark.multiprocess
+_ROOT = Path(__file__).resolve().parents[2]
 
 _QUICK = {"learning_rate": 3e-3, "batch_size": 20, "epochs": 6.0, "progress": "off", "tensorboard": False}
 
@@ -160,10 +164,8 @@ def test_what_does_not_fit_together_is_refused(inputs, trained, tmp_path):
     _, model = inputs
     only_eval = {"do_train": False, "do_test": False}
     message = _prepare_error(_request(inputs, tmp_path, **only_eval))
-    assert (
-        message.startswith("78 --model")
-        and "has no task's head, so it cannot answer lcqmc; add --do-train" in message
-    )
+    assert message.startswith("78 --model")
+    assert "has no task's head, so it cannot answer lcqmc; add --do-train" in message
     (tmp_path / "vocab.txt").write_text((model / "vocab.txt").read_text() + "extra\n")
     message = _prepare_error(_request(inputs, tmp_path, tokenizer=str(tmp_path / "vocab.txt")))
     assert message.startswith("78 --tokenizer")
@@ -193,7 +195,55 @@ def test_what_does_not_fit_together_is_refused(inputs, trained, tmp_path):
     assert "was fine-tuned on lcqmc (0, 1), so it cannot answer rte" in message
     (tmp_path / "train.tsv").write_text(header + rows)
     message = _prepare_error(_request(inputs, tmp_path, task="rte", data_dir=str(tmp_path)))
-    assert (
-        message.startswith("65")
-        and "every label is 'entailment'; a classifier needs at least two classes" in message
+    assert message.startswith("65")
+    assert "every label is 'entailment'; a classifier needs at least two classes" in message
+
+
+def test_prediction_serves_json_lines(trained, inputs):
+    output, _ = trained
+    rows = [line.split("\t") for line in (inputs[0] / "test.tsv").read_text().splitlines()]
+    lines = "".join(
+        json.dumps({"id": n, "text_a": a, "text_b": b}) + "\n" for n, (a, b, _) in enumerate(rows)
     )
+    command = [sys.executable, "-m", "albert.finetune", "predict", "--model", str(output)]
+    result = subprocess.run(command, input=lines, capture_output=True, text=True, cwd=_ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    served = [json.loads(line) for line in result.stdout.splitlines()]
+    stored = [json.loads(line) for line in (output / "predictions-test.jsonl").read_text().splitlines()]
+    assert [p["prediction"] for p in served] == [p["prediction"] for p in stored]
+    assert [p["probabilities"]["1"] for p in served] == pytest.approx(
+        [p["probabilities"]["1"] for p in stored], abs=1e-5
+    )
+    assert [p["id"] for p in served] == [str(n) for n in range(len(rows))]
+    assert "80 examples in" in result.stderr
+    bad = subprocess.run(
+        command, input='{"text": 1}\n', capture_output=True, text=True, cwd=_ROOT, check=False
+    )
+    assert bad.returncode == 65
+    assert "line 1: wanted a JSON object with text_a (KeyError: 'text_a')" in bad.stderr
+
+
+def _sweep(request: Request) -> dict:
+    task = find_task(request.task)
+    settings = settings_for(task, request.overrides)
+    prepared = prepare(request, task, settings)
+    world = init_world("cpu", 60.0)
+    try:
+        return run_sweep(prepared, request, settings, world, StopRequest())
+    finally:
+        close_world()
+
+
+def test_a_sweep_trains_every_seed_and_rate(inputs, tmp_path):
+    overrides = {**_QUICK, "epochs": 2.0}
+    request = _request(
+        inputs, tmp_path, overrides=overrides, num_seeds=2, learning_rates=(3e-3, 1e-9), do_test=False
+    )
+    summary = run_ranks(1, _sweep, request)[0]
+    assert [(run["learning_rate"], run["seed"]) for run in summary["runs"]] == [
+        (3e-3, 0), (3e-3, 1), (1e-9, 0), (1e-9, 1),
+    ]  # fmt: skip
+    assert summary["by_learning_rate"][0]["learning_rate"] == 3e-3
+    assert json.loads((tmp_path / "sweep.json").read_bytes()) == summary
+    assert (tmp_path / "lr-0.003" / "seed-1" / "model" / "task.json").is_file()
+    assert "| 1e-09 | 2 | 2 |" in (tmp_path / "sweep.md").read_text()

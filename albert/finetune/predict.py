@@ -1,0 +1,154 @@
+"""Prediction with a fine-tuned model: `python -m albert.finetune predict --model DIR [--input FILE]`.
+
+Reads one JSON object per line from a file or standard input and writes one per line to standard output, in order:
+`text_a` and `text_b`; `question` and `context`; `context`, `question` and `options`; or `words`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from albert.errors import ConfigError, DataError, MissingInputError
+from albert.finetune.batching import evaluation_batches
+from albert.finetune.examples import ChoiceExample, Example, SpanExample, TagExample, TextExample
+from albert.finetune.preparation import find_model_directory
+from albert.finetune.reading import Split
+from albert.finetune.task_card import TaskCard
+from albert.finetune.task_data import make_task_data
+from albert.finetune.task_definition import Recipe, Task
+from albert.finetune.task_model import build_model, initialise
+from albert.finetune.tasks import TASKS
+from albert.pretrained import load_pretrained
+from albert.tokenization import load_tokenizer
+
+_CHUNK = 512
+"""Lines that are read, encoded and answered at once."""
+_BATCH = 64
+
+
+class Predictor:
+    """A fine-tuned model and its task."""
+
+    def __init__(self, directory: Path, device: torch.device) -> None:
+        """Load a model directory that a fine-tuning run wrote.
+
+        Raises:
+            ConfigError: the model was not fine-tuned.
+        """
+        source = find_model_directory(directory)
+        card = TaskCard.read(source)
+        if card is None:
+            raise ConfigError(
+                f"--model {directory}: no task.json; name the model directory of a fine-tuning run"
+            )
+        config, weights, tokenizer_path = load_pretrained(source)
+        if tokenizer_path is None:
+            raise MissingInputError(f"{source}: no spiece.model or vocab.txt there; copy the model again")
+        self.card = card
+        self.task = TASKS.get(card.task) or _bare_task(card)
+        self.tokenizer = load_tokenizer(tokenizer_path)
+        self.device = device
+        self.model = build_model(self.task, card.labels, config, seed=0)
+        initialise(self.model, weights, str(source), keeps_head=True, reinit_pooler=False)
+        self.model.to(device).eval()
+
+    @torch.no_grad()
+    def predict(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """One prediction per example, in order."""
+        split = Split("test", Path("-"), tuple(examples))
+        data = make_task_data(self.task, split, self.card.labels, self.tokenizer, self.card.max_seq_length)
+        rows = np.empty((len(data.lengths), data.row_width), dtype=np.float32)
+        for units in evaluation_batches(data.lengths, 0, 1, _BATCH):
+            batch = data.batch(units).to(self.device)
+            rows[units] = data.rows(self.model(batch.sequences), batch, units)
+        return [{k: v for k, v in p.items() if k not in {"label", "words"}} for p in data.predictions(rows)]
+
+
+def _bare_task(card: TaskCard) -> Task:
+    """A task of the user's own: prediction needs its kind only."""
+    return Task(card.task, card.kind, "", card.metric, Recipe(1e-5, 1, epochs=1), {})
+
+
+def parse_example(kind: str, line: str, number: int) -> Example:
+    """One line of input.
+
+    Raises:
+        DataError: not a JSON object with the keys that the kind of task needs.
+    """
+    needed = {
+        "span": ("question", "context"),
+        "choice": ("context", "question", "options"),
+        "tagging": ("words",),
+    }.get(kind, ("text_a",))
+    try:
+        fields = json.loads(line)
+        missing = [key for key in needed if not fields[key]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"line {number}: wanted a JSON object with {', '.join(needed)} ({type(error).__name__}: {error})"
+        ) from error
+    if missing:
+        raise DataError(f"line {number}: {missing[0]} is empty")
+    guid = str(fields.get("id", number))
+    if kind == "span":
+        return SpanExample(guid, fields["question"], fields["context"], (), is_labelled=False)
+    if kind == "choice":
+        return ChoiceExample(guid, fields["context"], fields["question"], tuple(fields["options"]), None)
+    if kind == "tagging":
+        return TagExample(guid, tuple(fields["words"]), None)
+    return TextExample(guid, fields["text_a"], fields.get("text_b"), None)
+
+
+def predict_lines(predictor: Predictor, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Predictions of JSON lines, a chunk at a time, so that a stream of any length is served."""
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    while chunk := tuple(itertools.islice(numbered, _CHUNK)):
+        yield from predictor.predict([parse_example(predictor.task.kind, line, n) for n, line in chunk])
+
+
+def run_predict(arguments: Sequence[str]) -> None:
+    """The subcommand.
+
+    Raises:
+        MissingInputError: no such model or input file.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m albert.finetune predict",
+        description=__doc__,
+        epilog='example:\n  echo \'{"text_a": "How are you?", "text_b": "How do you do?"}\' | '
+        "python -m albert.finetune predict --model runs/lcqmc/model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="model directory (or run) of a fine-tuning")
+    parser.add_argument("--input", default="-", help="JSON lines (default: standard input)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    options = parser.parse_args(arguments)
+    if options.input != "-" and not Path(options.input).is_file():
+        raise MissingInputError(f"--input {options.input}: no such file")
+    use_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    predictor = Predictor(Path(options.model), torch.device("cuda" if use_cuda else "cpu"))
+    if options.input == "-":
+        _serve(predictor, sys.stdin)
+        return
+    with Path(options.input).open(encoding="utf-8-sig") as file:
+        _serve(predictor, file)
+
+
+def _serve(predictor: Predictor, file: TextIO) -> None:
+    began_at, count = time.perf_counter(), 0
+    for prediction in predict_lines(predictor, file):
+        sys.stdout.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+        count += 1
+    sys.stdout.flush()
+    seconds = time.perf_counter() - began_at
+    sys.stderr.write(f"{count:,} examples in {seconds:.2f} s, {count / seconds:,.0f} per second\n")
