@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Two processes; a file stays in one, because its tests share what they set up.
+PYTEST_WORKERS ?= -n 2 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,7 +35,7 @@ demo: setup  ## pretrain, resume, fine-tune and export a small ALBERT on this ma
 	@$(BIN)/python -m launcher demo
 
 test: setup  ## run the tests; PYTEST_ARGS="-k NAME -x" passes options on
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 lint: setup  ## check style, types, import rules and shell scripts
 	@$(BIN)/ruff check .

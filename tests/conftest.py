@@ -1,6 +1,11 @@
 """Options of the test suite."""
 
+import os
+
 import pytest
+
+# Tests run in two processes, and many start ranks of their own: one thread each, set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

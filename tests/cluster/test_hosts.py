@@ -67,6 +67,7 @@ def test_one_command_trains_to_the_same_losses_and_ends_with_the_ranks_code(
     assert sorted(path.name for path in logs.glob("*.log")) == ["rank-0.log", "rank-1.log"]
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_commits_on_all_hosts(hosts, local_shards, tmp_path):
     words = ["hosts", "--hostfile", str(hosts.hostfile)]
     process = hosts.launch(

@@ -179,6 +179,7 @@ def test_data_pretrain_requeue_resume_finetune_as_one_chain(site, text, tokenize
     assert len(restarts) == 2
 
 
+@pytest.mark.slow
 def test_the_warning_before_the_time_limit_commits_and_requeues(site, shards, straight):
     job = site.submit("--nodes", "2", "--ranks-per-node", "1", "pretrain", *pretrain("run", shards))
     site.wait_for_step("run", 8)
