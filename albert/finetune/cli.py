@@ -30,7 +30,8 @@ _EXAMPLES = """examples:
 data: DIR holds train, dev and test as .tsv, .txt, .csv, .json or .jsonl (or under the benchmark's own names);
       LCQMC form is one pair per line: text <TAB> text <TAB> label. Only a test file may be without labels.
 output: model/ (the best weights by --metric on dev; --model reads it again), results.json, predictions-SPLIT.jsonl,
-      metrics.jsonl, tensorboard/, config.yaml, and the benchmark's submission file with --do-predict.
+      review-SPLIT.md (confusion table and worst mistakes), metrics.jsonl, tensorboard/, config.yaml, and with
+      --do-predict the benchmark's submission file. --seeds and --learning-rates add sweep.json and sweep.md.
 exit codes: 0 done, 65 bad data, 66 missing input, 70 non-finite, 74 disk, 75 stopped by a signal, 78 configuration"""
 
 _SETTINGS: dict[str, tuple[type, str]] = {

@@ -33,8 +33,8 @@ def collapse_warning(prepared: Prepared, settings: FinetuneSettings, progress: P
     cures += ["more --epochs", "another --seed", "--reinit-pooler"]
     return (
         f"collapsed: every dev example is answered '{_answer(prepared, rows)}', accuracy {metrics['accuracy']:.4f} "
-        f"beside {metrics['majority_accuracy']:.4f} of the majority class; known cures: {', '.join(cures)}; check also "
-        "that num_attention_heads and ln_type in config.json are those of the pretraining"
+        f"beside {metrics['majority_accuracy']:.4f} of the majority class; known cures: {', '.join(cures)}; check "
+        "also that num_attention_heads and ln_type in config.json are those of the pretraining"
     )
 
 

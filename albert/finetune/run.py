@@ -25,9 +25,11 @@ from albert.finetune.collapse import collapse_warning
 from albert.finetune.loop import FineTuner, Progress, evaluate_rows, gather_weights
 from albert.finetune.preparation import Prepared
 from albert.finetune.request import Request
+from albert.finetune.review import write_review
 from albert.finetune.settings import FinetuneSettings
 from albert.finetune.task_card import TaskCard
 from albert.finetune.task_model import build_model, initialise
+from albert.finetune.text_data import TextData
 from albert.monitoring import Monitor
 from albert.pretrained import save_pretrained
 from albert.stopping import StopRequest
@@ -226,6 +228,8 @@ def _evaluate_splits(
             results[name] = data.scores(rows)
         if world.is_main:
             _write_split(prepared, request, name, data.predictions(rows), output)
+            if isinstance(data, TextData) and data.is_labelled and not data.is_regression:
+                write_review(output, data, rows)
             if name in results:
                 sys.stderr.write(format_scores(name, results[name]) + "\n")
     return results

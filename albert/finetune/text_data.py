@@ -37,7 +37,7 @@ class TextData:
         self.loss_counts = np.full(len(self.examples), int(self.is_labelled), dtype=np.int64)
         self.row_width = 1 if self.is_regression else len(self.labels)
         self.notes = {"truncated": self._sequences.num_truncated}
-        self._targets = self._make_targets()
+        self.targets = self._make_targets()
 
     def _make_targets(self) -> NDArray[Any]:
         """[examples] class indices, or numbers; zeros where the split has no labels."""
@@ -50,7 +50,7 @@ class TextData:
 
     def batch(self, units: NDArray[np.int64]) -> LabelledBatch:
         """Units as one packed batch."""
-        return LabelledBatch(self._sequences.pack(units), torch.from_numpy(self._targets[units]))
+        return LabelledBatch(self._sequences.pack(units), torch.from_numpy(self.targets[units]))
 
     def rows(self, logits: Tensor, batch: LabelledBatch, units: NDArray[np.int64]) -> NDArray[np.float32]:  # noqa: ARG002
         """The logits, [batch, labels]."""
@@ -78,6 +78,6 @@ class TextData:
     def scores(self, rows: NDArray[np.float32]) -> dict[str, float]:
         """Accuracy, F1, Matthews; or Pearson, Spearman for numbers."""
         if self.is_regression:
-            return regression_scores(rows[:, 0], self._targets)
+            return regression_scores(rows[:, 0], self.targets)
         predicted = rows.argmax(axis=1)
-        return classification_scores(predicted, self._targets, len(self.labels))
+        return classification_scores(predicted, self.targets, len(self.labels))

@@ -1,6 +1,7 @@
 """Examples -> packed batches, for every kind of task, and outputs -> predictions."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from albert.finetune.batching import BatchOrder, evaluation_batches
 from albert.finetune.examples import ChoiceExample, SpanExample, TagExample, TextExample
 from albert.finetune.features import make_sequences, truncated_lengths
 from albert.finetune.reading import Split
+from albert.finetune.review import write_review
 from albert.finetune.span_data import SpanData, first_literal_answer
 from albert.finetune.task_data import make_task_data
 from albert.finetune.tasks import find_task
@@ -75,7 +77,9 @@ def test_pairs_are_packed_without_padding(tokenizer):
 
 
 def _text_data(tokenizer, task, examples, labels=("0", "1"), length=32):
-    return make_task_data(find_task(task), Split("dev", "f", tuple(examples)), labels, tokenizer, length)
+    return make_task_data(
+        find_task(task), Split("dev", Path("f"), tuple(examples)), labels, tokenizer, length
+    )
 
 
 def test_classification_targets_predictions_and_scores(tokenizer):
@@ -175,7 +179,7 @@ def test_spans_with_sliding_windows_give_an_exact_oracle(tokenizer):
     for max_length, stride in ((28, 8), (40, 10), (128, 64)):
         task_options = {**task.options, "doc_stride": stride}
         changed = type(task)(**{**task.__dict__, "options": task_options})
-        data = make_task_data(changed, Split("dev", "f", tuple(examples)), (), tokenizer, max_length)
+        data = make_task_data(changed, Split("dev", Path("f"), tuple(examples)), (), tokenizer, max_length)
         assert max(data.lengths) <= max_length
         assert data.notes["answers split by a window"] == 0
         rows = _oracle_rows(data)
@@ -186,7 +190,7 @@ def test_unanswerable_questions_need_the_margin(tokenizer):
     example = SpanExample("q", "谁?", "北京 in 中国", (), is_impossible=True)
     rows = np.array([[1.0, 0.5, 0, 0]], dtype=np.float32)
     for task, text in (("squad2", ""), ("squad", "北")):
-        data = make_task_data(find_task(task), Split("dev", "f", (example,)), (), tokenizer, 32)
+        data = make_task_data(find_task(task), Split("dev", Path("f"), (example,)), (), tokenizer, 32)
         assert data.predictions(rows)[0]["prediction"] == text
 
 
@@ -194,7 +198,9 @@ def test_misaligned_answers_are_found_again_or_dropped_with_a_count(tokenizer):
     moved = SpanExample("a", "q", "在北京大学", (("北京", 3),))
     absent = SpanExample("b", "q", "在北京大学", (("上海", 1),))
     assert first_literal_answer(moved) == (1, 3)
-    data = make_task_data(find_task("cmrc2018"), Split("train", "f", (moved, absent)), (), tokenizer, 32)
+    data = make_task_data(
+        find_task("cmrc2018"), Split("train", Path("f"), (moved, absent)), (), tokenizer, 32
+    )
     assert [e.guid for e in data.examples] == ["a"]
     assert data.notes["misaligned answers"] == 1
 
@@ -204,7 +210,7 @@ def test_a_window_that_is_too_small_is_refused(tokenizer):
     with pytest.raises(
         ConfigError, match=r"--max-seq-length 16 leaves 6 tokens .* question of 7; at least 18"
     ):
-        make_task_data(find_task("squad"), Split("train", "f", (example,)), (), tokenizer, 16)
+        make_task_data(find_task("squad"), Split("train", Path("f"), (example,)), (), tokenizer, 16)
 
 
 def test_every_epoch_sees_every_unit_once_and_ranks_share_the_batch():
@@ -232,3 +238,18 @@ def test_predictions_can_be_written_as_json(tokenizer):
     data = _text_data(tokenizer, "lcqmc", [TextExample("x", "a", "b", None)])
     assert not data.is_labelled
     assert json.loads(json.dumps(data.predictions(np.zeros((1, 2), dtype=np.float32))))[0]["label"] is None
+
+
+def test_the_review_shows_the_confusion_and_the_worst_mistakes_first(tokenizer, tmp_path):
+    golds = ["1", "0", "1", "0"]
+    data = _text_data(
+        tokenizer, "lcqmc", [TextExample(f"n{i}", "a|b", "c", gold) for i, gold in enumerate(golds)]
+    )
+    rows = np.array([[1, 0], [0, 3], [0, 1], [1, 0]], dtype=np.float32)
+    text = write_review(tmp_path, data, rows).read_text()
+    assert "| **0** | 1 | 1 |\n| **1** | 1 | 1 |" in text
+    mistakes = [line for line in text.splitlines() if "‖" in line]
+    assert mistakes == [
+        f"| {1 / (1 + np.exp(3)):.4f} | 0 | 1 | n1 | a\\|b ‖ c |",
+        f"| {1 / (1 + np.exp(1)):.4f} | 1 | 0 | n0 | a\\|b ‖ c |",
+    ]
