@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ from albert.errors import ConfigError
 from albert.optim.lamb import STATE_KEYS, build_optimizer
 
 deepspeed_logger.setLevel(logging.ERROR)
+# DeepSpeed calls collectives by names that newer torch versions deprecate, once per rank and run.
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
 # Compiled at the first use otherwise, for a minute, and a rank killed meanwhile leaves a lock that hangs later runs.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

@@ -20,33 +20,35 @@ from albert.loader import BatchPlan, TrainLoader
 from albert.shards import MAX_EXAMPLES_PER_BLOCK, Block, Manifest, TokenizerEntry, write_shard
 from benchmarks.figure import print_figure
 
-_LENGTH, _PREDS, _VOCAB = 512, 77, 30000
+VOCAB_SIZE = 30000
+_LENGTH = 512
 _MICRO_BATCH = 32
 
 
-def _block(generator: np.random.Generator) -> Block:
-    n = MAX_EXAMPLES_PER_BLOCK
+def _block(generator: np.random.Generator, length: int) -> Block:
+    n, preds = MAX_EXAMPLES_PER_BLOCK, round(0.15 * length)
     positions = np.sort(
-        generator.permuted(np.tile(np.arange(1, _LENGTH - 1), (n, 1)), axis=1)[:, :_PREDS], axis=1
+        generator.permuted(np.tile(np.arange(1, length - 1), (n, 1)), axis=1)[:, :preds], axis=1
     )
     return Block(
-        input_ids=generator.integers(5, _VOCAB, n * _LENGTH).astype(np.uint16),
-        lengths=np.full(n, _LENGTH, np.uint16),
-        segment_a_lengths=np.full(n, 200, np.uint16),
+        input_ids=generator.integers(5, VOCAB_SIZE, n * length).astype(np.uint16),
+        lengths=np.full(n, length, np.uint16),
+        segment_a_lengths=np.full(n, length // 2, np.uint16),
         masked_lm_positions=positions.ravel().astype(np.uint16),
-        masked_lm_labels=generator.integers(5, _VOCAB, n * _PREDS).astype(np.uint16),
-        num_masked=np.full(n, _PREDS, np.uint16),
+        masked_lm_labels=generator.integers(5, VOCAB_SIZE, n * preds).astype(np.uint16),
+        num_masked=np.full(n, preds, np.uint16),
         sentence_order_labels=generator.integers(0, 2, n).astype(np.int8),
-        word_starts=generator.integers(0, 256, n * _LENGTH // 8).astype(np.uint8),
+        word_starts=generator.integers(0, 256, n * length // 8).astype(np.uint8),
     )
 
 
-def _write_dataset(directory: Path, num_examples: int) -> Manifest:
+def write_dataset(directory: Path, num_examples: int, length: int) -> Manifest:
+    """One shard of random full-length examples; returns its manifest, which is not written."""
     generator = np.random.default_rng(0)
-    blocks = (_block(generator) for _ in range(-(-num_examples // MAX_EXAMPLES_PER_BLOCK)))
+    blocks = (_block(generator, length) for _ in range(-(-num_examples // MAX_EXAMPLES_PER_BLOCK)))
     shard = write_shard(directory, "train-00000.tar", "train", blocks)
-    tokenizer = TokenizerEntry(kind="wordpiece", file="vocab.txt", sha256="", vocab_size=_VOCAB)
-    settings = {"max_seq_length": _LENGTH}
+    tokenizer = TokenizerEntry(kind="wordpiece", file="vocab.txt", sha256="", vocab_size=VOCAB_SIZE)
+    settings = {"max_seq_length": length}
     return Manifest(format_version=1, tokenizer=tokenizer, settings=settings, totals={}, shards=(shard,))
 
 
@@ -60,7 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        manifest = _write_dataset(Path(name), options.examples)
+        manifest = write_dataset(Path(name), options.examples, _LENGTH)
         num_steps = options.examples // _MICRO_BATCH
         rates = []
         for seed in range(options.rounds):

@@ -1,0 +1,131 @@
+"""The whole trainer against the bare step: what loader, DeepSpeed ZeRO-1, optimizer and logging cost.
+
+    python -m benchmarks.trainer_overhead [--ranks 2] [--steps 6] [--rounds 5]
+
+Both run on the same ranks in turn, with the same model (hidden 384, 6 layers, 128 tokens) and batches. The bare step is
+forward and backward of the model alone, on a batch that is already there. The figure is the ratio of their speeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from albert.config import RunConfig, load_run_config
+from albert.deepspeed_config import build_deepspeed_config
+from albert.distributed import World, barrier, close_world, init_world
+from albert.engine import Engine
+from albert.heads import AlbertForPreTraining
+from albert.loader import BatchPlan, TrainLoader
+from albert.monitoring import Monitor
+from albert.run_checkpoints import RunCheckpoints
+from albert.shards import Manifest
+from albert.stopping import StopRequest
+from albert.trainer import Trainer
+from benchmarks.figure import print_figure
+from benchmarks.loader import VOCAB_SIZE, write_dataset
+
+_LENGTH, _MICRO_BATCH = 128, 8
+
+
+def _config(directory: str, num_ranks: int, num_steps: int) -> RunConfig:
+    overrides = [
+        f"data.directory={directory}", f"train.output_dir={directory}/run", f"train.num_steps={num_steps}",
+        f"train.global_batch_size={num_ranks * _MICRO_BATCH}", f"train.micro_batch_size={_MICRO_BATCH}",
+        f"model.vocab_size={VOCAB_SIZE}", "train.precision=fp32", "schedule.warmup_steps=1",
+        "eval.interval_steps=0", "log.progress=off", "model.hidden_size=384", "model.intermediate_size=1536",
+        "model.num_hidden_layers=6",
+    ]  # fmt: skip
+    return load_run_config("base", overrides)
+
+
+def _build_trainer(config: RunConfig, manifest: Manifest, world: World) -> Trainer:
+    train = config.train
+    plan = BatchPlan(train.global_batch_size, train.micro_batch_size, world.rank, world.size, train.num_steps)
+    model = AlbertForPreTraining(config.model)
+    engine = Engine(model, config.optimizer, build_deepspeed_config(config, world.size), world)
+    monitor = Monitor(Path(train.output_dir), config.log, 0, train.num_steps) if world.is_main else None
+    return Trainer(
+        config, engine, TrainLoader(config.data, manifest, plan, 0), world,
+        evaluator=None, monitor=monitor, stop=StopRequest(),
+        checkpoints=RunCheckpoints(config, manifest, engine, world),
+    )  # fmt: skip
+
+
+def _measure(
+    rank: int, options: argparse.Namespace, directory: str, manifest: Manifest, port: int
+) -> list[float]:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": options.ranks, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    world = init_world("cpu", timeout_s=600)
+    num_steps = (options.rounds + 1) * options.steps
+    config = _config(directory, options.ranks, num_steps)
+    Path(config.train.output_dir).mkdir(exist_ok=True)
+    trainer = _build_trainer(config, manifest, world)
+    steps = trainer.loader.steps(0, 0)
+    batch = next(trainer.loader.steps(0, 0))[0]
+    bare = AlbertForPreTraining(config.model)
+    ratios = []
+    for _ in range(options.rounds + 1):
+        seconds: dict[str, float] = {}
+        for name in ("whole", "bare"):
+            barrier()
+            begin = time.perf_counter()
+            for _ in range(options.steps):
+                if name == "whole":
+                    trainer.train_step(next(steps))
+                else:
+                    output: Any = bare(batch)
+                    (output.mlm_loss_sum + output.sop_loss_sum).backward()
+                    bare.zero_grad(set_to_none=True)
+            seconds[name] = time.perf_counter() - begin
+        ratios.append(seconds["bare"] / seconds["whole"])
+    close_world()
+    return ratios[1:]
+
+
+def _worker(results: Any, *arguments: Any) -> None:
+    results.put((arguments[0], _measure(*arguments)))
+
+
+def main() -> None:
+    """Measure and print the figure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help="steps per round")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as directory, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        num_examples = (options.rounds + 2) * options.steps * options.ranks * _MICRO_BATCH
+        manifest = write_dataset(Path(directory), num_examples, _LENGTH)
+        results = context.Queue()
+        arguments = [(results, rank, options, directory, manifest, port) for rank in range(options.ranks)]
+        processes = [context.Process(target=_worker, args=each) for each in arguments]
+        for process in processes:
+            process.start()
+        ratios = dict(results.get() for _ in processes)
+        for process in processes:
+            process.join()
+    print_figure(
+        "whole_trainer_over_bare_step", ratios[0], "x tokens/s", model="hidden 384, 6 layers", tokens=_LENGTH,
+        micro_batch_size=_MICRO_BATCH, ranks=options.ranks, placement="zero1", precision="fp32",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
