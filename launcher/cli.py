@@ -13,9 +13,11 @@ from launcher.checks import check_num_ranks, check_pretrain
 from launcher.demo import add_demo_command
 from launcher.hosts_cli import add_hosts_command
 from launcher.job import PROGRAMS, Job
-from launcher.local import plan_local, run_local
+from launcher.local import plan_local
 from launcher.plan_cli import add_plan_command
+from launcher.progress import run_directory
 from launcher.slurm_cli import add_slurm_command
+from launcher.supervisor import run_with_restarts
 
 _EXAMPLES = """\
 examples:
@@ -54,6 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     local.add_argument("-n", dest="num_ranks", type=int, help="ranks (default: one per GPU, or 1)")
+    local.add_argument(
+        "--restarts", type=int, default=0, help="start again so many times after a rank was lost (0)"
+    )
     local.add_argument("--log-dir", help="directory for rank-N.log (default: all on the terminal)")
     _add_program(local)
     local.set_defaults(run=_run_local)
@@ -92,11 +97,11 @@ def _run_local(options: argparse.Namespace) -> int:
     if options.program == "data":
         arguments, num_ranks = data_workers(arguments, num_ranks), 1
     job = Job(PROGRAMS[options.program], arguments, log_directory=options.log_dir)
-    run = plan_local(job, num_ranks, os.environ)
     if options.dry_run:
-        print(run.describe())
+        print(plan_local(job, num_ranks, os.environ).describe())
         return 0
-    return run_local(run)
+    run = run_directory(options.program, arguments)
+    return run_with_restarts(job, num_ranks, options.restarts, run)
 
 
 def data_workers(arguments: tuple[str, ...], num_workers: int) -> tuple[str, ...]:

@@ -179,3 +179,19 @@ def test_a_stop_before_the_ranks_have_started_asks_for_a_restart(tmp_path):
     assert code == 75
     assert "SIGTERM" in errors
     assert launched.leftovers() == []
+
+
+def test_a_lost_rank_starts_the_job_again_as_often_as_allowed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOY_RESTARTS", "1")
+    launched = Launched(tmp_path, "--steps", "100000")
+    for _ in range(2):
+        pid = launched.pid_once_training(1)
+        os.kill(pid, signal.SIGKILL)
+        while Path(f"/proc/{pid}").exists():
+            time.sleep(0.01)
+        (tmp_path / "step-1").unlink()  # the next one is that of the restarted rank
+    code, _, errors = launched.end()
+    assert code == 76
+    assert errors.count("launcher: rank 1 on ") == 2
+    assert errors.count("launcher: restart 1 of 1") == 1
+    assert launched.leftovers() == []

@@ -4,8 +4,9 @@ import os
 import sys
 
 from launcher.job import Job
-from launcher.local import plan_local, run_local
+from launcher.supervisor import run_with_restarts
 
 _, ranks, logs, *arguments = sys.argv
 job = Job("toy_rank", tuple(arguments), log_directory=None if logs == "-" else logs)
-sys.exit(run_local(plan_local(job, int(ranks), os.environ)))
+restarts = int(os.environ.get("TOY_RESTARTS", "0"))
+sys.exit(run_with_restarts(job, int(ranks), restarts, None))
