@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from data_prep.work_directory import (
     save_record,
     signature_path,
 )
-from data_prep.worker import Job, document_hash
+from data_prep.worker import Job, Worker, document_hash
 
 _SMALL_CORPUS_BYTES = 16 << 20
 """Up to this size every document is hashed beforehand, so that the held-out split is not left empty by chance."""
@@ -97,13 +98,17 @@ def _build(request: BuildRequest, comm: Any) -> Manifest:
     if (finished := finished_manifest(output, description)) is not None:
         return finished
     with locked_work_directory(output, description, sources) as work:
-        copy = _copy_tokenizer(tokenizer, output)
-        job = Job(request.settings, str(copy), str(output), _eval_threshold(tasks, request.settings))
+        job = Job(
+            request.settings,
+            str(_copy_tokenizer(tokenizer, output)),
+            str(output),
+            _eval_threshold(tasks, request.settings),
+        )
         records = read_records(work)
         if request.settings.dedup != "none":
-            _find_repeated(job, tasks, request.num_workers, comm)
+            _find_repeated(job, tokenizer, tasks, request.num_workers, comm)
         todo = [task for task in tasks if task.index not in records]
-        results = _run(job, "run", todo, request.num_workers, comm)
+        results = _run(job, tokenizer, "run", todo, request.num_workers, comm)
         for record in _progress("build", results, tasks, records):
             save_record(work, record)
             records[record.task] = record
@@ -131,18 +136,22 @@ def _refuse_nothing(output: Path, manifest: Manifest) -> None:
     )
 
 
-def _run(job: Job, step: Step, tasks: Sequence[Task], num_workers: int, comm: Any) -> Iterator[TaskRecord]:
+def _run(
+    job: Job, tokenizer: Tokenizer, step: Step, tasks: Sequence[Task], num_workers: int, comm: Any
+) -> Iterator[TaskRecord]:
     if comm is not None:
         return run_mpi(comm, job, step, tasks)
     if num_workers == 1 or len(tasks) < 2:
-        return run_here(job, step, tasks)
+        return run_here(Worker(job, tokenizer), step, tasks)
     return run_processes(job, step, tasks, min(num_workers, len(tasks)))
 
 
-def _find_repeated(job: Job, tasks: Sequence[Task], num_workers: int, comm: Any) -> None:
+def _find_repeated(
+    job: Job, tokenizer: Tokenizer, tasks: Sequence[Task], num_workers: int, comm: Any
+) -> None:
     """Sign all documents, decide which of them repeat an earlier one, and leave the answer to the tasks."""
     todo = [task for task in tasks if not signature_path(job.output, task.index).is_file()]
-    for _ in _progress("dedup", _run(job, "sign", todo, num_workers, comm), todo, {}):
+    for _ in _progress("dedup", _run(job, tokenizer, "sign", todo, num_workers, comm), todo, {}):
         pass
     parts = [np.load(signature_path(job.output, task.index), allow_pickle=False) for task in tasks]
     width = max((part.shape[1] for part in parts), default=1)
@@ -180,17 +189,22 @@ def _eval_threshold(tasks: Sequence[Task], settings: BuildSettings) -> int:
     threshold = int(settings.eval_fraction * 2.0**64)
     if threshold == 0 or sum(task.bytes for task in tasks) > _SMALL_CORPUS_BYTES:
         return threshold
-    hashes = [
-        document_hash(batch.sentences[a:b])
-        for task in tasks
-        for part in task.parts
-        for batch in read_documents(part, settings, Counter())
-        for a, b in zip(batch.ends[:-1], batch.ends[1:], strict=True)
-        if sum(map(len, batch.sentences[a:b])) >= _MIN_HELD_OUT_CHARACTERS
-    ]
-    if len(set(hashes)) > 1:
-        return max(threshold, min(hashes) + 1)
-    return threshold
+    smallest, largest = 1 << 64, 0
+    for value in _document_hashes(tasks, settings):
+        smallest, largest = min(smallest, value), max(largest, value)
+        if smallest < threshold <= largest:
+            return threshold  # something on either side: no need to read on
+    return smallest + 1 if smallest < largest and smallest >= threshold else threshold
+
+
+def _document_hashes(tasks: Sequence[Task], settings: BuildSettings) -> Iterator[int]:
+    """Hashes of the documents that are long enough to be worth holding out."""
+    for task in tasks:
+        for part in task.parts:
+            for batch in read_documents(part, settings, Counter()):
+                for a, b in pairwise(batch.ends):
+                    if sum(map(len, batch.sentences[a:b])) >= _MIN_HELD_OUT_CHARACTERS:
+                        yield document_hash(batch.sentences[a:b])
 
 
 def _progress(

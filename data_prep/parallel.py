@@ -26,9 +26,8 @@ Step = Literal["run", "sign"]
 """The method of `Worker` that is applied to tasks"""
 
 
-def run_here(job: Job, step: Step, tasks: Sequence[Task]) -> Iterator[TaskRecord]:
+def run_here(worker: Worker, step: Step, tasks: Sequence[Task]) -> Iterator[TaskRecord]:
     """Run tasks in this process."""
-    worker = Worker(job)
     for task in tasks:
         yield _apply(worker, step, task)
 
@@ -102,7 +101,7 @@ def run_mpi(comm: Any, job: Job, step: Step, tasks: Sequence[Task]) -> Iterator[
     """On rank 0: hand out tasks to the other ranks, the next one to whoever is free. Alone, it works itself."""
     comm.bcast((job, step))
     if comm.size == 1:
-        yield from run_here(job, step, tasks)
+        yield from run_here(Worker(job), step, tasks)
         return
     waiting = iter(tasks)
     idle = 0

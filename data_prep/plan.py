@@ -20,8 +20,8 @@ from data_prep.files import COMPRESSED_SUFFIXES, read_head
 from data_prep.settings import BuildSettings
 
 MAX_TASK_BYTES = 64 << 20
-MIN_TASK_BYTES = 1 << 19
-_TASKS_WANTED = 32
+MIN_TASK_BYTES = 1 << 20
+_TASKS_WANTED = 16
 _SEARCH_BYTES = 4 << 20
 """How far a task border looks for the end of a document before it takes the end of a line."""
 _BLANK_LINE = re.compile(rb"\r?\n[ \t\r]*\n")

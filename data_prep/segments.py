@@ -228,7 +228,8 @@ def _clause_split(
     begin, end = int(ends[start]), int(ends[stop])
     inner = documents.ids[begin + _MIN_CLAUSE_TOKENS - 1 : max(end - _MIN_CLAUSE_TOKENS, begin)]
     clauses = begin + _MIN_CLAUSE_TOKENS + np.flatnonzero(clause_table[inner])
-    clauses = clauses[~np.isin(clauses, ends[start : stop + 1])]
+    if stop - start > 1:  # packed documents: where they meet is no place to split
+        clauses = clauses[~np.isin(clauses, ends[start : stop + 1])]
     return int(clauses[int(draw * len(clauses))]) if len(clauses) else end
 
 

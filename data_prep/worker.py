@@ -106,10 +106,10 @@ class _Sentences:
 class Worker:
     """Runs tasks one after the other in this process."""
 
-    def __init__(self, job: Job) -> None:
-        """Load the tokenizer once."""
+    def __init__(self, job: Job, tokenizer: Tokenizer | None = None) -> None:
+        """Load the tokenizer, unless there is one already."""
         self.job = job
-        self.tokenizer: Tokenizer = load_tokenizer(job.tokenizer)
+        self.tokenizer = tokenizer or load_tokenizer(job.tokenizer)
         self.maker = ExampleMaker.of(job.settings, self.tokenizer)
         self._word_finder: WordFinder | None = None
 
