@@ -40,6 +40,8 @@ class DataConfig(_Section):
     """Lanes of the elastic order, fixed for a run; auto chooses from the number of blocks, at most 960."""
     window_blocks: int = Field(default=4, ge=1)
     """Blocks per shuffle window of a lane; more shuffles better and needs more memory."""
+    remask: bool = False
+    """Mask anew in every epoch instead of using the masks in the shards; evaluation always uses those."""
     num_workers: int = Field(default=1, ge=0, le=64)
     """Loader processes per rank; 0 loads in the training process. Does not change the order."""
 

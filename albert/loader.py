@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from albert.batches import PretrainBatch, pack
 from albert.config import DataConfig
 from albert.errors import ConfigError
-from albert.sample_order import SampleOrder, choose_num_lanes, rank_positions
+from albert.masking import MaskingPolicy, example_keys, remask_block
+from albert.sample_order import Place, SampleOrder, choose_num_lanes, rank_positions
 from albert.shards import Block, Manifest, ShardReader
+from albert.tokenization import load_tokenizer
 
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -32,18 +34,43 @@ class _LocatedBlock:
     pred_ends: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Remasking:
+    """Fresh masks in every epoch, a pure function of (seed, epoch, example)."""
+
+    seed: int
+    policy: MaskingPolicy
+
+    @staticmethod
+    def of_dataset(directory: str, manifest: Manifest, seed: int) -> Remasking:
+        """Masks under the policy that the dataset was built with."""
+        tokenizer = load_tokenizer(Path(directory) / manifest.tokenizer.file)
+        names = {"masked_lm_prob", "max_predictions_per_seq", "max_ngram"}
+        options = {name: manifest.settings[name] for name in names}
+        favor = manifest.settings["favor_ngram"]
+        return Remasking(seed, MaskingPolicy.of_tokenizer(tokenizer, favor=favor, **options))
+
+
 class ExampleSource:
     """Reads single examples of one split; keeps the most recently used blocks decoded."""
 
-    def __init__(self, directory: str, manifest: Manifest, split: str, cached_blocks: int) -> None:
-        """Open nothing yet; `cached_blocks` bounds the memory."""
+    def __init__(
+        self,
+        directory: str,
+        manifest: Manifest,
+        split: str,
+        cached_blocks: int,
+        remasking: Remasking | None = None,
+    ) -> None:
+        """Open nothing yet; `cached_blocks` bounds the memory; without `remasking` the shards' masks are used."""
+        self._remasking = remasking
         shards = manifest.split(split)
         self._reader = ShardReader(Path(directory), shards, manifest.tokenizer.vocab_size)
         self._places = [
             (index, block) for index, shard in enumerate(shards) for block in range(len(shard.blocks))
         ]
         self.block_examples = [entry.examples for shard in shards for entry in shard.blocks]
-        self._cache: OrderedDict[int, _LocatedBlock] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], _LocatedBlock] = OrderedDict()
         self._cached_blocks = cached_blocks
 
     @property
@@ -51,16 +78,16 @@ class ExampleSource:
         """Examples in the split."""
         return sum(self.block_examples)
 
-    def batch(self, examples: Sequence[tuple[int, int]]) -> PretrainBatch:
-        """Pack the examples at (block, index) places.
+    def batch(self, places: Sequence[Place]) -> PretrainBatch:
+        """Pack examples.
 
         Raises:
             DataError: a block is damaged; names shard and block.
         """
         ids, types, flat, labels, orders, lengths = [], [], [], [], [], []
         offset = 0
-        for block_index, row in examples:
-            located = self._located(block_index)
+        for block_index, row, epoch in places:
+            located = self._located(block_index, epoch)
             block = located.block
             length, num_masked = int(block.lengths[row]), int(block.num_masked[row])
             token_end, pred_end = int(located.token_ends[row]), int(located.pred_ends[row])
@@ -79,20 +106,27 @@ class ExampleSource:
             torch.tensor(orders, dtype=torch.int64),
         )
 
-    def places(self, count: int) -> list[tuple[int, int]]:
+    def places(self, count: int) -> list[Place]:
         """The first `count` examples in the order of the shards; for evaluation."""
-        every = ((block, row) for block, size in enumerate(self.block_examples) for row in range(size))
+        every = (
+            Place(block, row, 0) for block, size in enumerate(self.block_examples) for row in range(size)
+        )
         return [place for place, _ in zip(every, range(count), strict=False)]
 
-    def _located(self, index: int) -> _LocatedBlock:
-        if index not in self._cache:
+    def _located(self, index: int, epoch: int) -> _LocatedBlock:
+        key = (index, epoch if self._remasking else 0)
+        if key not in self._cache:
             block = self._reader.read_block(*self._places[index])
+            if self._remasking:
+                rows = np.arange(block.num_examples)
+                keys = example_keys(self._remasking.seed, epoch, index, rows)
+                block = remask_block(block, keys, self._remasking.policy)
             ends = (np.cumsum(column, dtype=np.int64) for column in (block.lengths, block.num_masked))
-            self._cache[index] = _LocatedBlock(block, *ends)
+            self._cache[key] = _LocatedBlock(block, *ends)
             if len(self._cache) > self._cached_blocks:
                 self._cache.popitem(last=False)
-        self._cache.move_to_end(index)
-        return self._cache[index]
+        self._cache.move_to_end(key)
+        return self._cache[key]
 
 
 def _int64(arrays: Sequence[NDArray[Any]]) -> torch.Tensor:
@@ -154,7 +188,10 @@ class TrainLoader:
         own_lanes = lanes // plan.world_size if lanes % plan.world_size == 0 else lanes
         self._config, self._plan = config, plan
         # Two windows per lane: the one in use and, while lanes cross a border one after the other, the next.
-        self.source = ExampleSource(config.directory, manifest, "train", 2 * own_lanes * config.window_blocks)
+        remasking = Remasking.of_dataset(config.directory, manifest, seed) if config.remask else None
+        self.source = ExampleSource(
+            config.directory, manifest, "train", 2 * own_lanes * config.window_blocks, remasking
+        )
         self.order = SampleOrder(
             self.source.block_examples, seed=seed, num_lanes=lanes, window_blocks=config.window_blocks
         )

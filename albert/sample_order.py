@@ -1,4 +1,4 @@
-"""The elastic order: global position -> (block, example). A pure function of (seed, position).
+"""The elastic order: global position -> (block, row, epoch). A pure function of (seed, position).
 
 Position k belongs to lane `k mod L`, where L is fixed for a run. Epoch e permutes all blocks by (seed, e); lane l
 takes every L-th of them, `permutation[l::L]`. Inside a lane, examples are shuffled over windows of several
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,16 @@ _Value = TypeVar("_Value")
 def choose_num_lanes(num_blocks: int) -> int:
     """Lanes for a dataset: highly composite, at most 960, with enough blocks per lane to shuffle."""
     return next((lanes for lanes in _AUTO_LANES if num_blocks >= lanes * _MIN_BLOCKS_PER_LANE), 1)
+
+
+class Place(NamedTuple):
+    """An example of a dataset, and how often it was seen before."""
+
+    block: int
+    """Index over all shards of the split, in manifest order."""
+    row: int
+    """Index inside the block."""
+    epoch: int
 
 
 class SampleOrder:
@@ -67,15 +77,15 @@ class SampleOrder:
         self._windows: OrderedDict[tuple[int, int, int], NDArray[np.int64]] = OrderedDict()
         self._window_starts: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """The (block, example inside the block) at a global position."""
+    def locate(self, position: int) -> Place:
+        """Where the example at a global position lies."""
         index, lane = divmod(position, self.num_lanes)
         epoch = self._epoch_of(lane, index)
         index -= int(self._epoch_starts[epoch][lane])
         starts = self._lane_window_starts(epoch, lane)
         window = int(np.searchsorted(starts, index, side="right")) - 1
         block, example = self._window(epoch, lane, window)[index - starts[window]]
-        return int(block), int(example)
+        return Place(int(block), int(example), epoch)
 
     def epoch(self, position: int) -> float:
         """Epochs consumed before a position, over all lanes; for reports."""

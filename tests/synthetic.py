@@ -83,7 +83,13 @@ def make_dataset(
         tokenizer=TokenizerEntry(
             kind="wordpiece", file="tokenizer/vocab.txt", sha256=sha256, vocab_size=VOCAB_SIZE
         ),
-        settings={"max_seq_length": MAX_LENGTH},
+        settings={
+            "max_seq_length": MAX_LENGTH,
+            "masked_lm_prob": 0.15,
+            "max_predictions_per_seq": 4,
+            "max_ngram": 3,
+            "favor_ngram": "shorter",
+        },
         totals={},
         shards=shards,
     )

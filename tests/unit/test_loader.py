@@ -140,3 +140,43 @@ def test_batches_move_as_a_whole(dataset, manifest):
     assert moved.sequences.input_ids.is_meta
     assert moved.masked_lm_labels.is_meta
     assert isinstance(moved.sequences.lengths, tuple)
+
+
+def remasked_steps(dataset: Path, manifest: Manifest, world_size: int, steps: int, first_step: int = 0):
+    """Sorted examples of each step over all ranks."""
+    found: list[list[tuple]] = [[] for _ in range(steps - first_step)]
+    for rank in range(world_size):
+        plan = BatchPlan(12, 12 // world_size, rank, world_size, num_steps=steps)
+        config = DataConfig(directory=str(dataset), num_workers=0, num_lanes=1, remask=True)
+        loader = TrainLoader(config, manifest, plan, seed=5)
+        for index, micro_batches in enumerate(loader.steps(first_step, first_step * 12)):
+            found[index] += [example for batch in micro_batches for example in examples_of(batch)]
+    return [sorted(step) for step in found]
+
+
+def original(example: tuple) -> tuple:
+    """An example with its masks undone."""
+    ids = list(example[0])
+    for position, label in zip(example[2], example[3], strict=True):
+        ids[position] = label
+    return (tuple(ids), example[1], example[4])
+
+
+def test_remasking_keeps_the_text_and_changes_the_masks_in_every_epoch(tmp_path):
+    dataset = tmp_path / "shards"
+    make_dataset(dataset, num_blocks=2, examples_per_block=9)  # 9 + 3 examples: one step is one epoch
+    manifest = read_manifest(dataset)
+    stored = expected_examples(dataset, manifest, "train")
+    first, second = remasked_steps(dataset, manifest, 1, 2)
+    for epoch in (first, second):
+        assert sorted(map(original, epoch)) == sorted(map(original, stored))
+        assert all(example[2] for example in epoch)
+        assert not {2, 3} & {label for example in epoch for label in example[3]}
+    assert first != second
+    assert first != sorted(stored)
+
+
+def test_remasking_is_a_function_of_seed_and_position(dataset, manifest):
+    reference = remasked_steps(dataset, manifest, 1, 30)
+    assert remasked_steps(dataset, manifest, 3, 30) == reference
+    assert remasked_steps(dataset, manifest, 2, 30, first_step=26) == reference[26:]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from albert.errors import ConfigError
-from albert.sample_order import SampleOrder, choose_num_lanes, rank_positions
+from albert.sample_order import Place, SampleOrder, choose_num_lanes, rank_positions
 
 SIZES = [7, 5, 7, 7, 3, 7, 7, 1, 7, 7, 7, 2, 7]
 
@@ -29,7 +29,7 @@ def test_every_lane_sees_every_example_of_an_epoch_once(num_lanes, window_blocks
         for lane in range(num_lanes):
             order.locate(lane + num_lanes * 200)  # epochs far ahead must not disturb what follows
             first, last = (int(order._epoch_starts[epoch + i][lane]) for i in (0, 1))
-            seen.update(order.locate(lane + num_lanes * index) for index in range(first, last))
+            seen.update(order.locate(lane + num_lanes * index)[:2] for index in range(first, last))
         assert seen == everything
 
 
@@ -44,7 +44,10 @@ def test_order_is_a_function_of_seed_and_position_alone():
 def test_consecutive_epochs_of_a_lane_differ():
     order = make(num_lanes=1)
     size = sum(SIZES)
-    assert [order.locate(k) for k in range(size)] != [order.locate(k + size) for k in range(size)]
+    first, second = ([order.locate(k + start) for k in range(size)] for start in (0, size))
+    assert [place[:2] for place in first] != [place[:2] for place in second]
+    assert {place.epoch for place in first} == {0}
+    assert {place.epoch for place in second} == {1}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12])
@@ -72,7 +75,7 @@ def test_thousand_schedules_of_kills_and_resizes_lose_and_repeat_nothing():
     order = make(num_lanes=12)
     expected = [order.locate(k) for k in range(total * batch)]
     for _ in range(1000):
-        done: dict[int, tuple[int, int]] = {}
+        done: dict[int, Place] = {}
         step = 0
         while step < total:
             world_size = int(generator.choice([1, 2, 3, 4, 6, 8]))
