@@ -149,7 +149,8 @@ def demo_stages(plan: DemoPlan) -> list[Stage]:
     pretrain = (
         "launcher", "local", "-n", str(plan.num_ranks), "pretrain", "--config", "demo",
         f"data.directory={shards}", f"train.output_dir={out / 'pretrain'}",
-        f"train.num_steps={steps}", f"schedule.warmup_steps={warmup}", f"eval.interval_steps={max(steps // 8, min(steps, 50))}",
+        f"train.num_steps={steps}", f"schedule.warmup_steps={warmup}",
+        f"eval.interval_steps={max(steps // 8, min(steps, 50))}",
     )  # fmt: skip
     finetune = (
         "launcher", "local", "-n", str(plan.num_ranks), "finetune", "--task", "demo",
