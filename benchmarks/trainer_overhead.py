@@ -2,8 +2,8 @@
 
     python -m benchmarks.trainer_overhead [--ranks 2] [--steps 6] [--rounds 5]
 
-Both run on the same ranks in turn, with the same model (hidden 384, 6 layers, 128 tokens) and batches. The bare step is
-forward and backward of the model alone, on a batch that is already there. The figure is the ratio of their speeds.
+Both run on the same ranks in turn, with the same model (hidden 384, 6 layers, 128 tokens) and batches. The bare
+step is forward and backward of the model alone, on a batch that is already there. The figure is the ratio of speeds.
 """
 
 from __future__ import annotations

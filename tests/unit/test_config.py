@@ -230,3 +230,9 @@ def test_only_what_changes_the_mathematics_must_stay():
     with pytest.raises(ConfigError, match=r"dataset: hash a in the checkpoint, b now"):
         check_resumable(stored, allowed, {"dataset": ("a", "b")}, "run")
     check_resumable(stored, allowed, same, "run")
+
+
+def test_bare_on_and_off_are_words():
+    """YAML 1.1 reads them as booleans."""
+    config = load_run_config("demo", ["log.progress=off", "train.compile=on"])
+    assert (config.log.progress, config.train.compile) == ("off", "on")
