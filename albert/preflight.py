@@ -257,7 +257,7 @@ def run_checks(config: RunConfig) -> tuple[list[str], bool]:
     facts = {**local_facts(config), "clock": 0.0}
     if any("SOCKET_IFNAME" in problem for problem in facts["problems"]):
         return compare_facts([facts]), True  # it cannot even meet the others
-    from albert.distributed import init_world
+    from albert.distributed import close_world, init_world
 
     try:
         world = init_world(config.train.device, JOIN_TIMEOUT_S)
@@ -268,7 +268,9 @@ def run_checks(config: RunConfig) -> tuple[list[str], bool]:
         raise PeerLostError(
             f"{facts['host']}: not all ranks arrived in {JOIN_TIMEOUT_S:.0f} s; a host is down, or its line is above"
         ) from error
-    return _compare_with_others(config, facts, world), world.is_main
+    problems = _compare_with_others(config, facts, world)
+    close_world()
+    return problems, world.is_main
 
 
 def _compare_with_others(config: RunConfig, facts: Facts, world: World) -> list[str]:

@@ -15,7 +15,7 @@ import yaml
 from albert.config import RunConfig, load_run_config, recipe_names
 from albert.deepspeed_config import build_deepspeed_config
 from albert.durable_files import write_file_durably
-from albert.errors import ConfigError, PreemptedError, run_command
+from albert.errors import ConfigError, NonFiniteError, PreemptedError, run_command
 from albert.run_lock import lock_run_directory
 from albert.shards import Manifest, read_manifest
 from albert.stopping import StopRequest
@@ -66,7 +66,11 @@ def _main() -> None:
     )
     with peer_errors():
         world = init_world(config.train.device, config.train.peer_timeout_s)
-        _train(config, placement, manifest, world, stop)
+        try:
+            _train(config, placement, manifest, world, stop)
+        except (NonFiniteError, PreemptedError):
+            close_world()  # all ranks are here; without it the interpreter may end with SIGABRT
+            raise
         close_world()
 
 
