@@ -70,6 +70,13 @@ class SlurmCluster:
 
     def __init__(self, nodes: Sequence[str] = ("node1", "node2")) -> None:
         self.machines = Machines(nodes)
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
         for name in self.machines.names:
             self.machines.boot(name)
         self.state = self.machines.directory / "slurm"
@@ -78,7 +85,7 @@ class SlurmCluster:
         self._configure()
         self._start_munge()
         self.machines.run("ctl", "slurmctld", "-f", self.state / "slurm.conf")
-        for name in nodes:
+        for name in self.machines.nodes:
             self.start_node(name)
         self.wait_for_nodes()
 

@@ -40,6 +40,14 @@ class SshHosts:
 
     def __init__(self, nodes: Sequence[str] = ("node1", "node2")) -> None:
         self.machines = Machines(nodes)
+        self.hostfile = self.machines.directory / "hostfile"
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
         etc = self.machines.directory / "etcssh"
         (etc / "ssh_config.d").mkdir(parents=True)
         for name in ("host_key", "id"):
@@ -51,9 +59,8 @@ class SshHosts:
         for name in self.machines.names:
             self.machines.boot(name)
             self.machines.run(name, shutil.which("sshd", path=PATH))
-        self.hostfile = self.machines.directory / "hostfile"
-        self.hostfile.write_text("".join(f"{name} slots=1\n" for name in nodes))
-        for name in nodes:
+        self.hostfile.write_text("".join(f"{name} slots=1\n" for name in self.machines.nodes))
+        for name in self.machines.nodes:
             wait_until(
                 lambda host=name: (
                     self.machines.run("ctl", "ssh", host, "hostname", check=False).strip() == host
