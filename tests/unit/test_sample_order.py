@@ -34,10 +34,10 @@ def test_every_lane_sees_every_example_of_an_epoch_once(num_lanes, window_blocks
 
 
 def test_order_is_a_function_of_seed_and_position_alone():
-    positions = [int(k) for k in np.random.default_rng(0).permutation(3000)]
+    positions = [int(k) for k in np.random.default_rng(0).permutation(600)]
     forward = make()
     scattered = {k: forward.locate(k) for k in positions}
-    assert [make().locate(k) for k in (2999, 5, 1717)] == [scattered[k] for k in (2999, 5, 1717)]
+    assert [make().locate(k) for k in (599, 5, 317)] == [scattered[k] for k in (599, 5, 317)]
     assert scattered != {k: make(seed=4).locate(k) for k in positions}
 
 
@@ -71,15 +71,15 @@ def test_a_rank_reads_only_its_own_lanes_when_the_world_divides_them():
 def test_thousand_schedules_of_kills_and_resizes_lose_and_repeat_nothing():
     """Stops at random steps, lost work since the last commit, other world sizes and batch divisions."""
     generator = np.random.default_rng(1)
-    total, batch = 40, 24
+    total, batch = 20, 12
     order = make(num_lanes=12)
     expected = [order.locate(k) for k in range(total * batch)]
     for _ in range(1000):
         done: dict[int, Place] = {}
         step = 0
         while step < total:
-            world_size = int(generator.choice([1, 2, 3, 4, 6, 8]))
-            reached = min(total, step + int(generator.integers(1, 15)))
+            world_size = int(generator.choice([1, 2, 3, 4, 6, 12]))
+            reached = min(total, step + int(generator.integers(1, 8)))
             for at in range(step, reached):
                 for rank in range(world_size):
                     done |= {k: order.locate(k) for k in rank_positions(at * batch, batch, rank, world_size)}
