@@ -282,10 +282,12 @@ def test_weights_repeat_and_leave_out_documents(place, tmp_path):
     half = build(replace(base, weights=("*english*=2.5",)))
     once = make(place, tmp_path / "b", eval_fraction=0)
     ratio = half.totals["train.examples"] / once.totals["train.examples"]
-    assert ratio == pytest.approx(2.5, abs=0.3)
+    assert 2 < ratio < 3  # every document twice or three times, chosen by the hash of its text
     fewer = build(replace(base, output=str(tmp_path / "c"), weights=("*english*=0.5",)))
     assert fewer.totals["rejected.weight"] + fewer.totals["train.documents"] == once.totals["train.documents"]
-    assert fewer.totals["rejected.weight"] / once.totals["train.documents"] == pytest.approx(0.5, abs=0.2)
+    documents = once.totals["train.documents"]
+    four_sigma = 4 * (0.25 / documents) ** 0.5
+    assert fewer.totals["rejected.weight"] / documents == pytest.approx(0.5, abs=four_sigma)
 
 
 def test_repeated_documents_are_dropped(place, tmp_path):
