@@ -32,6 +32,7 @@ STATE_NAME = "demo.json"
 _DIRECTORIES = ("text", "tokenizer", "shards", "pretrain", "finetune", "huggingface", "logs")
 _FILES = ("report.md", "report.png", STATE_NAME)
 _SHOWN_ON_FAILURE = 12
+_FINETUNE_STEPS = 300
 _SEQUENCE_LENGTH = "64"
 """Tokens of a pretraining example: half of what the model takes, so that two minutes see more pairs."""
 _STOPPED = PreemptedError.exit_code
@@ -97,7 +98,7 @@ def add_demo_command(places: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("-n", dest="num_ranks", type=int, default=2, help="ranks (2)")
     parser.add_argument("--steps", type=int, default=0, help="pretraining steps (the recipe's)")
-    parser.add_argument("--finetune-steps", type=int, default=0, help="fine-tuning steps (two epochs)")
+    parser.add_argument("--finetune-steps", type=int, default=0, help="fine-tuning steps (300)")
     parser.set_defaults(run=_run_demo)
 
 
@@ -152,11 +153,12 @@ def demo_stages(plan: DemoPlan) -> list[Stage]:
         f"train.num_steps={steps}", f"schedule.warmup_steps={warmup}",
         f"eval.interval_steps={max(steps // 8, min(steps, 50))}",
     )  # fmt: skip
+    finetune_steps = plan.finetune_steps or _FINETUNE_STEPS
     finetune = (
         "launcher", "local", "-n", str(plan.num_ranks), "finetune", "--task", "demo",
         "--data-dir", str(pairs), "--model", str(out / "pretrain/model"), "--output", str(out / "finetune"),
         "--do-train", "--do-eval", "--do-test",
-        *(("--max-steps", str(plan.finetune_steps)) if plan.finetune_steps else ()),
+        "--max-steps", str(finetune_steps), "--eval-interval-steps", str(max(1, finetune_steps // 3)),
     )  # fmt: skip
     own = ("--input", plan.corpus) if plan.corpus else ()
     question = "which of them was tampered with" if plan.corpus else "which of them comes first"
