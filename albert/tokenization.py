@@ -1,7 +1,8 @@
 """SentencePiece and WordPiece behind one small interface. Imports no torch.
 
 SentencePiece follows ALBERT: quotes, NFKD, accents and case are normalised before the model sees the text, and a
-piece of digits that ends with a comma (`▁1999,`) is never used (google-research/albert `tokenization.py`). Whether
+piece that ends with a digit and a comma (`▁1999,`) is cut in two behind the model (google-research/albert
+`tokenization.py`; the sentencepiece-based AlbertTokenizer of transformers 4 gives the same ids). Whether
 case and accents are folded is read from the vocabulary itself: a vocabulary without one upper-case piece was
 trained on lower-cased text. So training, data preparation and fine-tuning cannot disagree.
 
@@ -148,21 +149,32 @@ class SentencePieceTokenizer(Tokenizer):
         text = [p.piece for p, ordinary in zip(proto.pieces, self._ordinary, strict=True) if ordinary]
         self.lower_case = not _is_cased(text)
         self.strip_accents = self.lower_case and not any(_has_accents(piece) for piece in text)
-        for piece in proto.pieces:
-            if re.search(r"\d,$", piece.piece) and piece.type == kinds.NORMAL:
-                piece.score -= 100.0
-        self._processor = sentencepiece.SentencePieceProcessor()
-        self._processor.LoadFromSerializedProto(proto.SerializeToString())
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        ends_numbered = [i for i, piece in enumerate(self._vocabulary) if ends_in_number_comma(piece)]
+        self._number_commas = {i: self._cut_comma(self._vocabulary[i]) for i in ends_numbered}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""
-        return self._processor.encode(
-            normalise_texts(texts, self.lower_case, self.strip_accents), num_threads=1
-        )
+        normal = normalise_texts(texts, self.lower_case, self.strip_accents)
+        rows = self._processor.encode(normal, num_threads=1)
+        if not self._number_commas:
+            return rows
+        cut, has_none = self._number_commas, frozenset(self._number_commas).isdisjoint
+        shown = self.strip_accents  # then NFKD has brought every comma to light: a look at the text is faster
+        return [
+            row
+            if (shown and "," not in text) or has_none(row)
+            else [j for i in row for j in cut.get(i, (i,))]
+            for row, text in zip(rows, normal, strict=True)
+        ]
 
-    def adjusted_model(self) -> bytes:
-        """The serialized model with the scores that are used here."""
-        return self._processor.serialized_model_proto()
+    def _cut_comma(self, piece: str) -> list[int]:
+        """Ids that ALBERT puts in the place of a piece such as `▁1999,`: those of the number, then the comma."""
+        encode = self._processor.encode
+        number = encode(piece[:-1].replace(WORD_BOUNDARY, ""), out_type=str)
+        if not piece.startswith(WORD_BOUNDARY) and number[0].startswith(WORD_BOUNDARY):
+            number = [number[0][1:], *number[1:]] if len(number[0]) > 1 else number[1:]
+        return [self._processor.piece_to_id(part) for part in (*number, ",")]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Readable text of ids; special tokens are left out."""
@@ -301,12 +313,13 @@ def _normalise_joined(texts: Sequence[str], lower_case: bool, strip_accents: boo
     joined = "\n".join(texts)
     if joined.count("\n") != max(len(texts) - 1, 0):  # a line break inside a text; SentencePiece sees a space
         joined = "\n".join(text.replace("\n", " ") for text in texts)
+    for space in _SPACES_TO_PYTHON_ONLY:
+        joined = joined.replace(space, " ")
     joined = joined.replace("``", '"').replace("''", '"')
     if strip_accents:
         joined = _strip_accents(joined)
     if lower_case:
-        # Python lowers a final sigma by its context, ALBERT's tokenizers letter by letter.
-        joined = (joined if joined.isascii() else joined.replace("\u03a3", "\u03c3")).lower()
+        joined = joined.lower()  # a capital sigma by its context, which a line break ends
     return joined.split("\n") if texts else []
 
 
@@ -323,6 +336,11 @@ def _drop_combining(text: str) -> str:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     accents = _COMBINING[np.minimum(codes, len(_COMBINING) - 1)]
     return codes[~accents].tobytes().decode("utf-32-le", "surrogatepass") if accents.any() else text
+
+
+def ends_in_number_comma(piece: str) -> bool:
+    """Whether a piece is like `▁1999,`, which ALBERT cuts in two."""
+    return len(piece) > 1 and piece[-1] == "," and piece[-2].isdigit()
 
 
 def _is_cased(pieces: Sequence[str]) -> bool:
@@ -358,5 +376,8 @@ _NO_SPACES = (
 """Scripts that are written without spaces, as a character class: each of their pieces begins a word."""
 
 _NO_SPACES_START = re.compile(f"[{_NO_SPACES}]")
+_SPACES_TO_PYTHON_ONLY = "\x0b\x1c\x1d\x1e\x1f\x85"
+"""Characters at which ALBERT's `split()` divides words; SentencePiece would drop or keep them."""
+
 _COMBINING = np.array([unicodedata.combining(chr(code)) > 0 for code in range(0x20000)])
 """[code points] combining characters; no higher plane has any, and the last entry stands for all of them"""

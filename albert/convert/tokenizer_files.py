@@ -3,7 +3,9 @@
 SentencePiece models need a tokenizer.json of our own: the library's conversion of a bare spiece.model takes
 user-defined symbols such as `(` out of the text before the spaces are marked, and keeps the pieces `1999,` that
 ALBERT never uses. That changed the ids of 36 % of 8,215 paragraphs of English speeches; with this file 2 differ,
-where SentencePiece's single-precision sum over a long paragraph decides between nearly equal splits.
+where SentencePiece's single-precision sum decides between equal or nearly equal splits (`ff|f`, `f|ff`); 5 of
+25,037 lines of technical documentation and none of 21,796 lines of Chinese. A word's last capital sigma also
+differs, where a model has Greek pieces: the library lowers letter by letter.
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ from typing import Any
 
 from albert.durable_files import write_file_durably
 from albert.pretrained import copy_tokenizer
-from albert.tokenization import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from albert.tokenization import (
+    SentencePieceTokenizer,
+    Tokenizer,
+    ends_in_number_comma,
+    load_tokenizer,
+)
+
+_NEVER = 100.0
+"""Taken from the score of a piece that shall not be used; scores are log probabilities, at least about -20."""
 
 
 def write_tokenizer_files(source: Path, directory: Path, max_length: int) -> None:
@@ -55,7 +65,7 @@ def _sentencepiece_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(tokenizer.adjusted_model())
+    proto.ParseFromString(tokenizer.path.read_bytes())
     spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     return {
         "version": "1.0",
@@ -70,9 +80,14 @@ def _sentencepiece_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
             "type": "Unigram",
             "unk_id": tokenizer.unk_id,
             "byte_fallback": False,
-            "vocab": [[piece.piece, piece.score] for piece in proto.pieces],
+            "vocab": [[piece.piece, _score(piece)] for piece in proto.pieces],
         },
     }
+
+
+def _score(piece: Any) -> float:
+    """The piece's score; so low for `1999,`, which ALBERT cuts behind the model, that no split takes it."""
+    return float(piece.score) - (_NEVER if ends_in_number_comma(piece.piece) else 0.0)
 
 
 def _added_token(tokenizer: Tokenizer, token_id: int) -> dict[str, Any]:
