@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from albert.config import RunConfig
 from albert.errors import ConfigError
 
 _FREE_SECTIONS = {"checkpoint", "deepspeed", "eval", "log"}
 _FREE_KEYS = {
+    "data.cache_directory",
+    "data.cache_max_gib",
     "data.directory",  # the dataset's hash is compared instead
     "data.num_workers",
     "train.activation_checkpointing",
@@ -44,7 +48,7 @@ def check_resumable(
     """
     allowed = set(config.checkpoint.allow_changes)
     present = dict(_flatten(config.model_dump(mode="json")))
-    before = dict(_flatten(stored))
+    before = dict(_flatten(_with_defaults(stored)))
     differences = [
         f"{key}: {before.get(key)!r} in the checkpoint, {present.get(key)!r} now"
         for key in sorted(before.keys() | present.keys())
@@ -62,6 +66,14 @@ def check_resumable(
             + ". Undo it, choose another "
             "train.output_dir, or allow it by name: checkpoint.allow_changes=[KEY, ...]"
         )
+
+
+def _with_defaults(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A key that is younger than the checkpoint has its default there, if all others are still understood."""
+    try:
+        return RunConfig.model_validate(stored).model_dump(mode="json")
+    except ValidationError:
+        return stored
 
 
 def _is_free(key: str) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from albert.errors import ConfigError, run_command
+from albert.errors import ConfigError, end_rank, run_command
 from albert.finetune.custom import read_task
 from albert.finetune.request import Request
 from albert.finetune.settings import FinetuneSettings, settings_for
@@ -62,7 +62,7 @@ _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
 
 def main() -> None:
     """Console entry point."""
-    sys.exit(run_command(_main))
+    end_rank(run_command(_main))
 
 
 def _main() -> None:

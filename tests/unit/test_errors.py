@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 
 import pytest
 
@@ -66,3 +68,9 @@ def test_success_and_defects():
 
     with pytest.raises(PermissionError):
         errors.run_command(other_io)
+
+
+def test_a_rank_ends_with_its_code_and_all_of_its_output():
+    code = "from albert.errors import end_rank; print('said', end=''); end_rank(75)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (75, "said")
