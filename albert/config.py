@@ -15,8 +15,10 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from albert.addresses import check_address, is_remote
 from albert.errors import ConfigError, MissingInputError
 from albert.model_config import MODEL_PRESETS, ModelConfig, read_model_config
+from albert.shard_cache import CacheOptions, default_cache_directory
 
 
 def _yaml_switch(value: Any) -> Any:
@@ -35,7 +37,11 @@ class DataConfig(_Section):
     """Where examples come from, and their order."""
 
     directory: str
-    """Dataset directory that `python -m data_prep build` made."""
+    """Dataset that `python -m data_prep build` made: a directory, or its address (https:// or s3://)."""
+    cache_directory: str | None = None
+    """Where shards of a remote dataset are copied; default ~/.cache/albert-shards. Choose a local disk."""
+    cache_max_gib: float = Field(default=64.0, gt=0)
+    """Space for those copies per host; less than the dataset copies shards again and again."""
     num_lanes: int | Literal["auto"] = Field(default="auto")
     """Lanes of the elastic order, fixed for a run; auto chooses from the number of blocks, at most 960."""
     window_blocks: int = Field(default=4, ge=1)
@@ -49,7 +55,15 @@ class DataConfig(_Section):
     def _check(self) -> Self:
         if self.num_lanes != "auto" and self.num_lanes < 1:
             raise ValueError(f"num_lanes ({self.num_lanes}) must be 'auto' or at least 1")
+        if is_remote(self.directory):
+            check_address(self.directory)
         return self
+
+    @property
+    def cache(self) -> CacheOptions:
+        """The same as options of the cache; used for remote datasets only."""
+        directory = Path(self.cache_directory).expanduser() if self.cache_directory else None
+        return CacheOptions(directory or default_cache_directory(), int(self.cache_max_gib * 2**30))
 
 
 class TrainConfig(_Section):

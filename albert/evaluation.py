@@ -30,7 +30,9 @@ class Evaluator:
             raise ConfigError(
                 f"{config.data.directory}: no eval split; build it with --eval-fraction or set eval.interval_steps=0"
             )
-        self._source = ExampleSource(config.data.directory, manifest, "eval", _CACHED_BLOCKS)
+        self._source = ExampleSource(
+            config.data.directory, manifest, "eval", _CACHED_BLOCKS, cache=config.data.cache
+        )
         self._micro_batch_size = config.eval.micro_batch_size or config.train.micro_batch_size
         self._places = self._source.places(config.eval.num_examples)
         self._world = world

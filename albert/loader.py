@@ -6,7 +6,6 @@ import signal
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from albert.config import DataConfig
 from albert.errors import ConfigError
 from albert.masking import MaskingPolicy, example_keys, remask_block
 from albert.sample_order import Place, SampleOrder, choose_num_lanes, rank_positions
-from albert.shards import Block, Manifest, ShardReader
+from albert.shard_cache import CacheOptions
+from albert.shards import Block, Manifest, ShardReader, dataset_tokenizer
 from albert.tokenization import load_tokenizer
 
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -42,9 +42,9 @@ class Remasking:
     policy: MaskingPolicy
 
     @staticmethod
-    def of_dataset(directory: str, manifest: Manifest, seed: int) -> Remasking:
+    def of_dataset(config: DataConfig, manifest: Manifest, seed: int) -> Remasking:
         """Masks under the policy that the dataset was built with."""
-        tokenizer = load_tokenizer(Path(directory) / manifest.tokenizer.file)
+        tokenizer = load_tokenizer(dataset_tokenizer(config.directory, manifest, config.cache))
         names = {"masked_lm_prob", "max_predictions_per_seq", "max_ngram"}
         options = {name: manifest.settings[name] for name in names}
         favor = manifest.settings["favor_ngram"]
@@ -61,11 +61,21 @@ class ExampleSource:
         split: str,
         cached_blocks: int,
         remasking: Remasking | None = None,
+        cache: CacheOptions | None = None,
     ) -> None:
-        """Open nothing yet; `cached_blocks` bounds the memory; without `remasking` the shards' masks are used."""
+        """Open nothing yet.
+
+        Args:
+            directory: of the dataset, or its address.
+            manifest: of the dataset.
+            split: `train` or `eval`.
+            cached_blocks: decoded blocks that are kept; bounds the memory.
+            remasking: without it the shards' masks are used.
+            cache: of a remote dataset's files.
+        """
         self._remasking = remasking
         shards = manifest.split(split)
-        self._reader = ShardReader(Path(directory), shards, manifest.tokenizer.vocab_size)
+        self._reader = ShardReader(directory, shards, manifest.tokenizer.vocab_size, cache)
         self._places = [
             (index, block) for index, shard in enumerate(shards) for block in range(len(shard.blocks))
         ]
@@ -188,9 +198,14 @@ class TrainLoader:
         own_lanes = lanes // plan.world_size if lanes % plan.world_size == 0 else lanes
         self._config, self._plan = config, plan
         # Two windows per lane: the one in use and, while lanes cross a border one after the other, the next.
-        remasking = Remasking.of_dataset(config.directory, manifest, seed) if config.remask else None
+        remasking = Remasking.of_dataset(config, manifest, seed) if config.remask else None
         self.source = ExampleSource(
-            config.directory, manifest, "train", 2 * own_lanes * config.window_blocks, remasking
+            config.directory,
+            manifest,
+            "train",
+            2 * own_lanes * config.window_blocks,
+            remasking,
+            config.cache,
         )
         self.order = SampleOrder(
             self.source.block_examples, seed=seed, num_lanes=lanes, window_blocks=config.window_blocks

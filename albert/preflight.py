@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from albert.addresses import is_remote
 from albert.config import RunConfig, load_run_config
 from albert.errors import AlbertError, ConfigError, PeerLostError, run_command
 from albert.shards import read_manifest
@@ -83,9 +84,9 @@ def code_hash(package: Path) -> str:
 
 
 def _dataset_hash(config: RunConfig) -> str:
-    """Hash of the manifest, once the sizes of all files that it names are right."""
+    """Hash of the manifest, once the sizes of all local files that it names are right."""
     manifest = read_manifest(config.data.directory)
-    for shard in manifest.shards:
+    for shard in () if is_remote(config.data.directory) else manifest.shards:
         path = Path(config.data.directory) / shard.name
         size = path.stat().st_size if path.is_file() else None
         if size != shard.bytes:

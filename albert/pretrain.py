@@ -17,7 +17,7 @@ from albert.deepspeed_config import build_deepspeed_config
 from albert.durable_files import write_file_durably
 from albert.errors import ConfigError, NonFiniteError, PreemptedError, run_command
 from albert.run_lock import lock_run_directory
-from albert.shards import Manifest, read_manifest
+from albert.shards import Manifest, dataset_tokenizer, read_manifest
 from albert.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -201,9 +201,8 @@ def _write_model(config: RunConfig, manifest: Manifest, engine: Engine, world: W
     weights = {name: tensor for part, name, tensor in engine.gather_state() if part == "weights"}
     if world.is_main:
         directory = Path(config.train.output_dir) / "model"
-        save_pretrained(
-            directory, config.model, weights, Path(config.data.directory) / manifest.tokenizer.file
-        )
+        tokenizer = dataset_tokenizer(config.data.directory, manifest, config.data.cache)
+        save_pretrained(directory, config.model, weights, tokenizer)
         sys.stderr.write(f"model written: {directory}\n")
 
 

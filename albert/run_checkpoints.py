@@ -12,7 +12,7 @@ from albert.engine import Engine
 from albert.errors import ConfigError, MissingInputError
 from albert.model_config import model_config_bytes
 from albert.resuming import check_resumable
-from albert.shards import Manifest
+from albert.shards import Manifest, dataset_tokenizer
 
 
 class RunCheckpoints:
@@ -57,7 +57,8 @@ class RunCheckpoints:
         if self._save is None:
             return None
         save, self._save = self._save, None
-        tokenizer = Path(self._config.data.directory) / self._manifest.tokenizer.file
+        data = self._config.data
+        tokenizer = dataset_tokenizer(data.directory, self._manifest, data.cache)
         extra_files = {
             "config.json": model_config_bytes(self._config.model),
             tokenizer.name: tokenizer.read_bytes(),

@@ -5,8 +5,8 @@ values are concatenated, nothing is padded. Any WebDataset reader can read a sha
 offset instead and checks the CRC-32 of every block before its bytes are used, because tar itself has no
 checksum for data and stock readers lose truncated members silently.
 
-A dataset is a directory with `manifest.json`, `tokenizer/` and shards. Bytes are canonical: the same examples
-give the same file, whoever writes it.
+A dataset is a directory, here or at `https://` or `s3://`, with `manifest.json`, `tokenizer/` and shards. Bytes
+are canonical: the same examples give the same file, whoever writes it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from albert.addresses import check_address, file_address, is_remote
 from albert.durable_files import write_file_durably
 from albert.errors import DataError, MissingInputError
+from albert.remote import Patience, fetch
+from albert.shard_cache import CacheOptions, ShardCache
 
 FORMAT_VERSION = 1
 MAX_EXAMPLES_PER_BLOCK = 256
@@ -37,6 +40,8 @@ NO_SENTENCE_ORDER = -100
 
 _TAR_RECORD_BYTES = 512
 _END_OF_TAR = bytes(2 * _TAR_RECORD_BYTES)
+_MANIFEST_PATIENCE = Patience(deadline_s=60.0)
+"""Shorter than for shards: a mistyped address shows here."""
 
 
 @dataclass(frozen=True)
@@ -235,20 +240,19 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def read_manifest(directory: Path | str) -> Manifest:
-    """Read and check `manifest.json` of a dataset.
+    """Read and check `manifest.json` of a dataset, a local directory or an address.
 
     Raises:
         MissingInputError: there is no manifest (not a dataset, or its build did not finish).
-        DataError: the manifest is damaged or of another format version.
+        DataError: the manifest is damaged or of another format version, or cannot be fetched.
+        UnsafeError, ConfigError: see `albert.addresses.check_address`.
     """
-    path = Path(directory) / MANIFEST_NAME
-    if not path.is_file():
-        raise MissingInputError(
-            f"{directory}: no {MANIFEST_NAME}; this is not a finished dataset, "
-            "run `python -m data_prep build --output` on it"
-        )
+    path = f"{directory}/{MANIFEST_NAME}"
+    content = (
+        _fetch_manifest(str(directory)) if is_remote(directory) else _read_local_manifest(Path(directory))
+    )
     try:
-        raw = json.loads(path.read_bytes())
+        raw = json.loads(content)
         if raw["format_version"] != FORMAT_VERSION:
             raise DataError(
                 f"{path}: shard format {raw['format_version']}, this program reads {FORMAT_VERSION}; "
@@ -268,6 +272,45 @@ def read_manifest(directory: Path | str) -> Manifest:
             raise
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: damaged manifest ({reason}); build the dataset again") from error
+
+
+def _read_local_manifest(directory: Path) -> bytes:
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise MissingInputError(
+            f"{directory}: no {MANIFEST_NAME}; this is not a finished dataset, "
+            "run `python -m data_prep build --output` on it"
+        )
+    return path.read_bytes()
+
+
+def _fetch_manifest(address: str) -> bytes:
+    """Complete copies only: JSON that ends early is no JSON."""
+    check_address(address)
+    content = io.BytesIO()
+    fetch(file_address(address, MANIFEST_NAME), content, None, _is_json, _MANIFEST_PATIENCE)
+    return content.getvalue()
+
+
+def _is_json(file: BinaryIO) -> bool:
+    file.seek(0)
+    try:
+        json.load(file)
+    except ValueError:
+        return False
+    return True
+
+
+def dataset_tokenizer(directory: Path | str, manifest: Manifest, cache: CacheOptions | None = None) -> Path:
+    """The dataset's own tokenizer file; of a remote dataset, a verified copy in the cache.
+
+    Raises:
+        MissingInputError, DataError, DiskError: a remote one cannot be copied.
+    """
+    entry = manifest.tokenizer
+    if is_remote(directory):
+        return ShardCache(str(directory), cache or CacheOptions()).tokenizer(entry.file, entry.sha256)
+    return Path(directory) / entry.file
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -311,12 +354,19 @@ def write_shard(directory: Path, name: str, split: str, blocks: Iterable[Block])
 class ShardReader:
     """Reads blocks of a dataset's shards by offset, each verified before use. Keeps files open; fork-safe."""
 
-    def __init__(self, directory: Path | str, shards: Sequence[ShardEntry], vocab_size: int) -> None:
-        """Open nothing yet; `shards` are manifest entries, `vocab_size` bounds the ids."""
-        self.directory = Path(directory)
+    def __init__(
+        self,
+        directory: Path | str,
+        shards: Sequence[ShardEntry],
+        vocab_size: int,
+        cache: CacheOptions | None = None,
+    ) -> None:
+        """Open nothing yet; `shards` are manifest entries, `vocab_size` bounds the ids; `cache` if remote."""
+        self.directory = directory
         self.shards = tuple(shards)
         self.vocab_size = vocab_size
-        self._files: dict[int, BinaryIO] = {}
+        self._files: dict[int, io.FileIO] = {}
+        self._cache = ShardCache(str(directory), cache or CacheOptions()) if is_remote(directory) else None
 
     def read_block(self, shard_index: int, block_index: int) -> Block:
         """Read, verify and decode one block.
@@ -324,11 +374,14 @@ class ShardReader:
         Raises:
             MissingInputError: the shard file is gone.
             DataError: the bytes are not those that the manifest describes; names shard and block.
+            DiskError: a remote shard cannot be copied into the cache.
         """
         shard = self.shards[shard_index]
         entry = shard.blocks[block_index]
-        where = f"{self.directory / shard.name}: block {block_index}"
-        data = os.pread(self._file(shard_index).fileno(), entry.length, entry.offset)
+        file = self.open_shard(shard_index)
+        copy = f" (copy {file.name!r})" if self._cache else ""
+        where = f"{self.directory}/{shard.name}{copy}: block {block_index}"
+        data = os.pread(file.fileno(), entry.length, entry.offset)
         if len(data) != entry.length:
             raise DataError(
                 f"{where}: {len(data)} of {entry.length} bytes are there, the shard is truncated; "
@@ -340,13 +393,19 @@ class ShardReader:
         block.check(where, self.vocab_size)
         return block
 
-    def _file(self, shard_index: int) -> BinaryIO:
+    def open_shard(self, shard_index: int) -> io.FileIO:
+        """The open file of a shard. Remote shards are held one at a time, so that others can be evicted.
+
+        Raises:
+            MissingInputError, DataError, DiskError: as `read_block`.
+        """
         if shard_index not in self._files:
-            path = self.directory / self.shards[shard_index].name
-            try:
-                self._files[shard_index] = path.open("rb", buffering=0)
-            except FileNotFoundError:
-                raise MissingInputError(f"{path}: shard is missing; the manifest names it") from None
+            shard = self.shards[shard_index]
+            if self._cache:
+                self.close()
+                self._files[shard_index] = self._cache.open_shard(shard.name, shard.bytes, shard.sha256)
+            else:
+                self._files[shard_index] = _open_local(Path(self.directory) / shard.name)
         return self._files[shard_index]
 
     def close(self) -> None:
@@ -356,27 +415,34 @@ class ShardReader:
         self._files.clear()
 
 
-def verify_shard(directory: Path, shard: ShardEntry, vocab_size: int) -> None:
+def _open_local(path: Path) -> io.FileIO:
+    try:
+        return path.open("rb", buffering=0)
+    except FileNotFoundError:
+        raise MissingInputError(f"{path}: shard is missing; the manifest names it") from None
+
+
+def verify_shard(
+    directory: Path | str, shard: ShardEntry, vocab_size: int, cache: CacheOptions | None = None
+) -> None:
     """Verify every byte of a shard: size, SHA-256, each block's checksum and columns.
 
     Raises:
         MissingInputError: the file is gone.
         DataError: names the shard, and the block where one can be blamed.
     """
-    path = directory / shard.name
-    if not path.is_file():
-        raise MissingInputError(f"{path}: shard is missing; the manifest names it")
-    reader = ShardReader(directory, [shard], vocab_size)
+    path = f"{directory}/{shard.name}"
+    reader = ShardReader(directory, [shard], vocab_size, cache)
     try:
         for index in range(len(shard.blocks)):
             reader.read_block(0, index)
-    finally:
-        reader.close()
-    size = path.stat().st_size
-    if size != shard.bytes:
-        raise DataError(f"{path}: {size} bytes, the manifest says {shard.bytes}; copy the shard again")
-    with path.open("rb") as file:
+        file = reader.open_shard(0)
+        size = os.fstat(file.fileno()).st_size
+        if size != shard.bytes:
+            raise DataError(f"{path}: {size} bytes, the manifest says {shard.bytes}; copy the shard again")
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
             raise DataError(
                 f"{path}: SHA-256 differs from the manifest outside its blocks; copy the shard again"
             )
+    finally:
+        reader.close()

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from albert.masking import MaskingPolicy
-from albert.shards import Block, Manifest, read_manifest
+from albert.shards import Block, Manifest, dataset_tokenizer, read_manifest
 from albert.tokenization import Tokenizer, load_tokenizer
 from data_prep.show import describe_example, read_blocks
 
@@ -75,14 +75,14 @@ class Audit:
         return (self.orders[1] - self.orders[0]) / math.sqrt(pairs) if pairs else 0.0
 
 
-def audit_dataset(directory: Path, max_blocks: int = 200) -> Audit:
+def audit_dataset(directory: Path | str, max_blocks: int = 200) -> Audit:
     """Measure the train split of a dataset on at most `max_blocks` blocks, spread evenly over it.
 
     Raises:
         MissingInputError, DataError: see `read_manifest` and `ShardReader.read_block`.
     """
     manifest = read_manifest(directory)
-    audit = Audit(str(directory), manifest, load_tokenizer(directory))
+    audit = Audit(str(directory), manifest, load_tokenizer(dataset_tokenizer(directory, manifest)))
     audit.lengths = np.zeros(audit.max_seq_length + 1, np.int64)
     audit.position_tokens = np.zeros(audit.max_seq_length, np.int64)
     audit.position_masked = np.zeros(audit.max_seq_length, np.int64)

@@ -229,7 +229,7 @@ def _run_tokenizer(options: argparse.Namespace) -> None:
 def _run_verify(options: argparse.Namespace) -> None:
     from data_prep.verify import verify_dataset
 
-    manifest = verify_dataset(Path(options.directory))
+    manifest = verify_dataset(options.directory)
     blocks = sum(len(shard.blocks) for shard in manifest.shards)
     print(
         f"{options.directory}: {len(manifest.shards)} shards, {blocks} blocks, every byte as the manifest says"
@@ -239,7 +239,7 @@ def _run_verify(options: argparse.Namespace) -> None:
 def _run_audit(options: argparse.Namespace) -> None:
     from data_prep.audit import audit_dataset, report_lines
 
-    audit = audit_dataset(Path(options.directory), options.max_blocks)
+    audit = audit_dataset(options.directory, options.max_blocks)
     print("\n".join(report_lines(audit)))
     if options.html:
         from data_prep.audit_html import write_html
@@ -251,7 +251,7 @@ def _run_audit(options: argparse.Namespace) -> None:
 def _run_show(options: argparse.Namespace) -> None:
     from data_prep.show import show_examples
 
-    print("\n\n".join(show_examples(Path(options.directory), options.split, options.examples)))
+    print("\n\n".join(show_examples(options.directory, options.split, options.examples)))
 
 
 def _run_demo_corpus(options: argparse.Namespace) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from albert.errors import MissingInputError
-from albert.shards import Block, Manifest, ShardReader, read_manifest
+from albert.shards import Block, Manifest, ShardReader, dataset_tokenizer, read_manifest
 from albert.tokenization import Tokenizer, load_tokenizer
 
 
 def read_blocks(
-    directory: Path, manifest: Manifest, split: str, max_blocks: int
+    directory: Path | str, manifest: Manifest, split: str, max_blocks: int
 ) -> Iterator[tuple[str, Block]]:
     """At most `max_blocks` blocks of a split, spread evenly, each with its place in words."""
     shards = manifest.split(split)
@@ -27,7 +27,7 @@ def read_blocks(
         reader.close()
 
 
-def show_examples(directory: Path, split: str, count: int) -> list[str]:
+def show_examples(directory: Path | str, split: str, count: int) -> list[str]:
     """Examples as text, spread over the dataset: original, masked, labels.
 
     Raises:
@@ -36,7 +36,7 @@ def show_examples(directory: Path, split: str, count: int) -> list[str]:
     manifest = read_manifest(directory)
     if not manifest.split(split):
         raise MissingInputError(f"{directory}: has no {split} split; see --eval-fraction of the build")
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(dataset_tokenizer(directory, manifest))
     num_blocks = sum(len(shard.blocks) for shard in manifest.split(split))
     per_block = -(-count // min(count, num_blocks))
     shown: list[str] = []
