@@ -9,14 +9,19 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+# Chosen here, or DeepSpeed warns on every rank that it finds no accelerator.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
 import deepspeed
 import deepspeed.ops
-import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger

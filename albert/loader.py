@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from albert.batches import PretrainBatch, pack
 from albert.config import DataConfig
-from albert.errors import ConfigError
+from albert.errors import AlbertError, ConfigError
 from albert.masking import MaskingPolicy, example_keys, remask_block
 from albert.sample_order import Place, SampleOrder, choose_num_lanes, rank_positions
 from albert.shard_cache import CacheOptions
@@ -211,7 +211,7 @@ class TrainLoader:
             self.source.block_examples, seed=seed, num_lanes=lanes, window_blocks=config.window_blocks
         )
 
-    def steps(self, first_step: int, first_position: int) -> Iterator[list[PretrainBatch]]:
+    def steps(self, first_step: int, first_position: int) -> Generator[list[PretrainBatch], None, None]:
         """The micro-batches of each step from `first_step` (which begins at `first_position`) to the last."""
         workers = self._config.num_workers
         loader = DataLoader(
@@ -225,8 +225,19 @@ class TrainLoader:
             pin_memory=False,
         )
         micro_batches = iter(loader)
-        for _ in range(first_step, self._plan.num_steps):
-            yield [next(micro_batches) for _ in range(self._plan.accumulation_steps)]
+        try:
+            for _ in range(first_step, self._plan.num_steps):
+                yield [next(micro_batches) for _ in range(self._plan.accumulation_steps)]
+        except AlbertError as error:
+            raise type(error)(_message_of_worker(error)) from None
+        finally:
+            # Workers ignore signals; left to the interpreter's exit, it would wait for them for ever.
+            getattr(micro_batches, "_shutdown_workers", lambda: None)()
+
+
+def _message_of_worker(error: AlbertError) -> str:
+    """The error's own sentence, without the traceback that a loader process puts around it."""
+    return str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
 
 
 def _identity(batch: Any) -> Any:

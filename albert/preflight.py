@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from albert.addresses import is_remote
 from albert.config import RunConfig, load_run_config
-from albert.errors import AlbertError, ConfigError, PeerLostError, run_command
+from albert.errors import AlbertError, ConfigError, PeerLostError, end_rank, run_command
 from albert.shards import read_manifest
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ def _main() -> None:
 
 def main() -> None:
     """Entry point."""
-    sys.exit(run_command(_main))
+    end_rank(run_command(_main))
 
 
 if __name__ == "__main__":

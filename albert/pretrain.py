@@ -15,7 +15,7 @@ import yaml
 from albert.config import RunConfig, load_run_config, recipe_names
 from albert.deepspeed_config import build_deepspeed_config
 from albert.durable_files import write_file_durably
-from albert.errors import ConfigError, NonFiniteError, PreemptedError, run_command
+from albert.errors import ConfigError, NonFiniteError, PreemptedError, end_rank, run_command
 from albert.run_lock import lock_run_directory
 from albert.shards import Manifest, dataset_tokenizer, read_manifest
 from albert.stopping import StopRequest
@@ -42,7 +42,7 @@ committed (start it again), 76 another rank was lost, 78 configuration"""
 
 def main() -> None:
     """Console entry point."""
-    sys.exit(run_command(_main))
+    end_rank(run_command(_main))
 
 
 def _main() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -120,24 +122,28 @@ class Trainer:
         if self.step == 0:
             self._evaluate()
         self._interval = _Interval()
-        steps = self.loader.steps(self.step, self.position)
         should_stop = False
-        while self.step < last_step and not should_stop:
-            began_at = time.perf_counter()
-            micro_batches = next(steps)
-            self._interval.waited_s += time.perf_counter() - began_at
-            counts = self.train_step(micro_batches)
-            should_stop = counts.stop_requests > 0
-            if counts.saves_written == self.world.size:
-                self._finish_save()
-            if self._is_due(self.config.eval.interval_steps) or self.step == train.num_steps:
-                self._evaluate()
-            if self._is_due(self.config.checkpoint.interval_steps):
-                self._save()
+        with contextlib.closing(self.loader.steps(self.step, self.position)) as steps:
+            while self.step < last_step and not should_stop:
+                should_stop = self._fetch_and_train(steps)
         if self._saved_step != self.step:
             self._save()
         self._finish_save()
         return self.step == train.num_steps
+
+    def _fetch_and_train(self, steps: Iterator[list[PretrainBatch]]) -> bool:
+        """One step with all that is due after it; returns whether any rank was asked to stop."""
+        began_at = time.perf_counter()
+        micro_batches = next(steps)
+        self._interval.waited_s += time.perf_counter() - began_at
+        counts = self.train_step(micro_batches)
+        if counts.saves_written == self.world.size:
+            self._finish_save()
+        if self._is_due(self.config.eval.interval_steps) or self.step == self.config.train.num_steps:
+            self._evaluate()
+        if self._is_due(self.config.checkpoint.interval_steps):
+            self._save()
+        return counts.stop_requests > 0
 
     def train_step(self, micro_batches: list[PretrainBatch]) -> BatchCounts:
         """One optimizer step; returns what the ranks counted and agreed on at its beginning."""

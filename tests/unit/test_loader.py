@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,26 @@ def test_a_damaged_block_stops_the_run_and_is_named(dataset, manifest, tmp_path)
     source = ExampleSource(str(copy), read_manifest(copy), "train", cached_blocks=2)
     with pytest.raises(DataError, match=r"train-00001.tar: block 1: checksum mismatch"):
         source.batch(source.places(10**9))
+
+
+def test_a_damaged_block_in_a_loader_process_says_the_same_and_leaves_nothing_behind(tmp_path):
+    directory = tmp_path / "shards"
+    manifest = make_dataset(directory)
+    shard = directory / "train-00000.tar"
+    data = bytearray(shard.read_bytes())
+    for block in manifest.shards[0].blocks:
+        data[block.offset + 700] ^= 4
+    shard.write_bytes(data)
+    plan = BatchPlan(12, 12, 0, 1, num_steps=30)
+    steps = TrainLoader(DataConfig(directory=str(directory), num_workers=1), manifest, plan, seed=5).steps(
+        0, 0
+    )
+    with pytest.raises(DataError) as caught:
+        list(steps)
+    assert str(caught.value).startswith(str(shard))
+    assert "checksum mismatch" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert multiprocessing.active_children() == []
 
 
 def test_a_dataset_that_does_not_fit_the_model_is_refused(manifest):
