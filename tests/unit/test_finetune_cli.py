@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from albert.errors import ConfigError, MissingInputError
+from albert.errors import ConfigError, MissingInputError, run_command
 from albert.finetune import cli
 from albert.finetune.custom import read_task
 from albert.finetune.reading import read_split
@@ -18,10 +18,12 @@ _WHOLE = ["--task", "lcqmc", "--data-dir", "d", "--model", "m", "--output", "o",
 
 def _run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["finetune", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
+    try:
+        code = run_command(cli._main)
+    except SystemExit as end:  # argparse's way to end after --help
+        code = end.code
     output = capsys.readouterr()
-    return caught.value.code, output.out, output.err
+    return code, output.out, output.err
 
 
 def test_help_teaches_by_example(monkeypatch, capsys):
