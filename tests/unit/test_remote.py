@@ -82,8 +82,13 @@ def test_each_fault_by_itself(tmp_path, fault):
         assert fetched(f"{server.url}/{name}", content) == content
         ranges = [headers.get("Range") for _, headers in server.headers]
     half = f"bytes={len(content) // 2}-"
+    if fault == "reset":  # a reset also discards what the receiver had not read yet, so it may go on from less
+        first, second = ranges
+        kept = int(re.fullmatch(r"bytes=(\d+)-", second or "bytes=0-").group(1))
+        assert first is None and kept <= len(content) // 2
+        return
     expected = {
-        "reset": [None, half], "stall": [None, half], "short": [None, half], "wrong_range": [None, half, half],
+        "stall": [None, half], "short": [None, half], "wrong_range": [None, half, half],
         "ignore_range": [None, half], "long_length": [None],
         "short_length": [None, f"bytes={len(content) - 7}-"],
     }  # fmt: skip
