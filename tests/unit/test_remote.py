@@ -82,10 +82,11 @@ def test_each_fault_by_itself(tmp_path, fault):
         assert fetched(f"{server.url}/{name}", content) == content
         ranges = [headers.get("Range") for _, headers in server.headers]
     half = f"bytes={len(content) // 2}-"
-    if fault == "reset":  # a reset also discards what the receiver had not read yet, so it may go on from less
+    if fault == "reset":
+        # A reset also discards what the receiver had not read yet, so the second request may start earlier.
         first, second = ranges
-        kept = int(re.fullmatch(r"bytes=(\d+)-", second or "bytes=0-").group(1))
-        assert first is None and kept <= len(content) // 2
+        assert first is None
+        assert int(re.fullmatch(r"bytes=(\d+)-", second or "bytes=0-").group(1)) <= len(content) // 2
         return
     expected = {
         "stall": [None, half], "short": [None, half], "wrong_range": [None, half, half],
