@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from albert.errors import MissingInputError
+from albert.errors import ConfigError, MissingInputError
 from albert.shards import (
     FORMAT_VERSION,
     Manifest,
@@ -36,12 +36,14 @@ from data_prep.plan import Source, Task, find_sources, plan_tasks
 from data_prep.settings import BuildSettings
 from data_prep.work_directory import (
     TaskRecord,
+    begin_part,
     finished_manifest,
     locked_work_directory,
     read_records,
     remove_leftovers,
     repeated_path,
     save_record,
+    shared_work_directory,
     signature_path,
 )
 from data_prep.worker import Job, Worker, document_hash
@@ -119,6 +121,44 @@ def _build(request: BuildRequest, comm: Any) -> Manifest:
         write_manifest(output, manifest)
     shutil.rmtree(work)
     return manifest
+
+
+def build_part(request: BuildRequest, index: int, count: int) -> None:
+    """Do one of `count` parts of a build, while others do theirs on the same disk; `build` then finishes it.
+
+    Every `count`-th task belongs to a part, so that the parts need no word from each other, and one that is started
+    again does what is missing of it. A job array of Slurm and the hosts of `launcher hosts` work in this way.
+
+    Args:
+        request: the same for every part, and for the `build` that writes the manifest.
+        index: from 0.
+        count: of parts.
+
+    Raises:
+        ConfigError: --dedup, which has to see all documents before the first task; or as `build`.
+        MissingInputError, UnsafeError: as `build`.
+    """
+    if request.settings.dedup != "none":
+        raise ConfigError(
+            "--dedup: compares all documents, so parts cannot work alone; use --mpi or --workers"
+        )
+    output = Path(request.output)
+    tokenizer = load_tokenizer(request.tokenizer)
+    sources = find_sources(request.inputs, request.weights, request.settings)
+    tasks = plan_tasks(sources, request.settings)
+    description = _describe(request, sources, tokenizer)
+    if finished_manifest(output, description) is not None:
+        return
+    with shared_work_directory(output, index, count) as work:
+        with begin_part(work, description, sources):
+            copy = _copy_tokenizer(tokenizer, output)
+        job = Job(request.settings, str(copy), str(output), _eval_threshold(tasks, request.settings))
+        mine = tasks[index::count]
+        done = {task: record for task, record in read_records(work).items() if task % count == index}
+        todo = [task for task in mine if task.index not in done]
+        results = _run(job, tokenizer, "run", todo, request.num_workers, None)
+        for record in _progress(f"part {index}/{count}", results, mine, done):
+            save_record(work, record)
 
 
 def _refuse_nothing(output: Path, manifest: Manifest) -> None:

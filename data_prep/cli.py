@@ -118,6 +118,12 @@ def _add_build(commands: Any) -> None:
     parser.add_argument(
         "--mpi", action="store_true", help="ranks of mpirun or srun do the work; rank 0 hands it out"
     )
+    parser.add_argument(
+        "--part",
+        metavar="K/N",
+        help="do part K (0 to N-1) of N beside others that do theirs on a shared disk, and write no manifest; the\n"
+        "same command without --part then finishes. 'rank': K and N are RANK and WORLD_SIZE",
+    )
     for name, field in BuildSettings.model_fields.items():
         _add_setting(parser, name, field.annotation, field.description or "", field.default)
     parser.set_defaults(run=_run_build)
@@ -153,11 +159,14 @@ def _describe(item: Any) -> str:
 
 
 def _run_build(options: argparse.Namespace) -> None:
-    from data_prep.build import BuildRequest, build
+    from data_prep.build import BuildRequest, build, build_part
     from data_prep.parallel import mpi_communicator
 
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers}: must be at least 1")
+    if options.part is not None and options.mpi:
+        raise ConfigError("--part: MPI ranks share a build by themselves; use --mpi or --part, not both")
+    part = None if options.part is None else _part(options.part)
     comm = mpi_communicator() if options.mpi else None
     request = BuildRequest(
         tuple(options.input),
@@ -167,6 +176,10 @@ def _run_build(options: argparse.Namespace) -> None:
         tuple(options.weight),
         options.workers,
     )
+    if part is not None:
+        build_part(request, *part)
+        print(f"{options.output}: part {part[0]}/{part[1]} is done")
+        return
     try:
         manifest = build(request, comm)
     except BaseException as error:
@@ -175,6 +188,22 @@ def _run_build(options: argparse.Namespace) -> None:
         raise
     if manifest is not None:
         _print_summary(options.output, manifest)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Index and count of `K/N`.
+
+    Raises:
+        ConfigError: it is no such pair, or there is no RANK.
+    """
+    environment = (os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", ""))
+    words = environment if text == "rank" else text.split("/")
+    if len(words) != 2 or not all(word.isdecimal() for word in words) or int(words[0]) >= int(words[1]):
+        where = " (RANK and WORLD_SIZE)" if text == "rank" else ""
+        raise ConfigError(
+            f"--part {text}{where}: {'/'.join(words)} is no K/N with K from 0 to N-1, such as 0/8"
+        )
+    return int(words[0]), int(words[1])
 
 
 def _abort(comm: Any, error: BaseException) -> None:

@@ -68,33 +68,73 @@ def locked_work_directory(
         UnsafeError: the output directory holds something else, or another build is running in it.
         ConfigError: it holds an unfinished build with other settings.
     """
+    work = _make_work_directory(output)
+    busy = f"--output {output}: another build is writing there; wait for it"
+    with _locked(work / "lock", fcntl.LOCK_EX | fcntl.LOCK_NB, busy):
+        _begin_or_resume(work, description, sources)
+        remove_leftovers(output, work)
+        yield work
+
+
+@contextmanager
+def shared_work_directory(output: Path, index: int, count: int) -> Iterator[Path]:
+    """The work directory of a build that is done in parts, held together with the other parts.
+
+    Raises:
+        UnsafeError: the output directory holds something else, or a whole build or this very part is running in it.
+    """
+    work = _make_work_directory(output)
+    busy = f"--output {output}: another build is writing there; wait for it"
+    mine = f"--output {output}: part {index}/{count} is being built already; wait for it"
+    with (
+        _locked(work / "lock", fcntl.LOCK_SH | fcntl.LOCK_NB, busy),
+        _locked(work / f"part-{index}-of-{count}", fcntl.LOCK_EX | fcntl.LOCK_NB, mine),
+    ):
+        yield work
+
+
+@contextmanager
+def begin_part(work: Path, description: dict[str, Any], sources: Sequence[Source]) -> Iterator[None]:
+    """The first moments of a part, one part after the other, so that what all share is written once.
+
+    Raises:
+        ConfigError: the directory holds an unfinished build with other settings.
+    """
+    with _locked(work / "begin", fcntl.LOCK_EX, ""):
+        _begin_or_resume(work, description, sources)
+        yield
+
+
+def _make_work_directory(output: Path) -> Path:
     work = output / _NAME
     if output.exists() and not work.is_dir() and (not output.is_dir() or any(output.iterdir())):
         raise UnsafeError(
             f"--output {output}: exists and is not a dataset; name a directory that is new or empty"
         )
     work.mkdir(parents=True, exist_ok=True)
-    handle = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    return work
+
+
+@contextmanager
+def _locked(path: Path, kind: int, busy: str) -> Iterator[None]:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind)
         except BlockingIOError:
-            raise UnsafeError(f"--output {output}: another build is writing there; wait for it") from None
-        _begin_or_resume(output, work, description, sources)
-        yield work
+            raise UnsafeError(busy) from None
+        yield
     finally:
         os.close(handle)
 
 
-def _begin_or_resume(
-    output: Path, work: Path, description: dict[str, Any], sources: Sequence[Source]
-) -> None:
+def _begin_or_resume(work: Path, description: dict[str, Any], sources: Sequence[Source]) -> None:
     """Remember what is built from which files, or check that it is still the same.
 
     Raises:
         ConfigError: it is not.
     """
-    path = work / "settings.json"
+    path, output = work / "settings.json", work.parent
     changed_at = {source.path: Path(source.path).stat().st_mtime_ns for source in sources}
     if path.is_file():
         before = json.loads(path.read_bytes())
@@ -107,7 +147,6 @@ def _begin_or_resume(
     else:
         state = {"settings": description, "changed_at": changed_at}
         write_file_durably(path, [json.dumps(state, indent=1).encode()])
-    remove_leftovers(output, work)
 
 
 def remove_leftovers(*directories: Path) -> None:
