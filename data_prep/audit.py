@@ -260,7 +260,7 @@ def _weaknesses(audit: Audit) -> list[str]:
             "short documents: try --pack-short-documents or a smaller --max-seq-length",
         ),
         (
-            audit.orders[-100] > 0.2 * audit.examples and not settings["single_segment"],
+            audit.orders[-100] > 0.2 * audit.examples and settings["pairs"] != "none",
             f"{100 * audit.orders[-100] / audit.examples:.0f} % of the examples have one segment and teach no "
             "sentence order; does every line hold one sentence, with blank lines between documents only?",
         ),

@@ -44,12 +44,7 @@ class ExampleMaker:
             sep_id=tokenizer.sep_id,
             word_starts=_word_starts(tokenizer, settings),
             clause_ends=np.array([piece[-1:] in _CLAUSE_ENDS and piece != "" for piece in pieces]),
-            pairs=PairPolicy(
-                settings.max_seq_length,
-                settings.short_seq_prob,
-                settings.single_segment,
-                keep_single_sentences=settings.sop_algorithm == "strict",
-            ),
+            pairs=PairPolicy(settings.max_seq_length, settings.short_seq_prob, settings.pairs),
             pack=settings.pack_short_documents,
             masks=MaskingPolicy.of_tokenizer(
                 tokenizer,

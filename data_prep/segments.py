@@ -2,9 +2,9 @@
 
 The walk is BERT's and ALBERT's (Devlin et al. 2018, Lan et al. 2020 section 3.1): sentences fill a chunk up to a
 target length, a random sentence boundary splits the chunk into A and B, half of the pairs are swapped, and what is
-too long is cut from both ends of the longer segment. Everything stays inside one document. A chunk of one sentence
-is merged into its neighbour, split at a clause boundary, or kept as one segment without a sentence-order label; it
-never becomes a copied or mislabelled pair, as it does in Google's and albert_pytorch's code.
+too long is cut from both ends of the longer segment. Everything stays inside one document. The algorithms differ in
+what becomes of a chunk of one sentence (`BuildSettings.pairs`); it never becomes a mislabelled pair, as in Google's
+code, or a copied one, as in albert_pytorch's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from albert.shards import NO_SENTENCE_ORDER
+from data_prep.settings import PairAlgorithm
 
 _MIN_CLAUSE_TOKENS = 4
 """A clause boundary closer to an end than this does not split a sentence."""
@@ -77,15 +78,12 @@ class PairPolicy:
 
     max_seq_length: int
     short_seq_prob: float = 0.1
-    single_segment: bool = False
-    """No pairs: `[CLS] A [SEP]`, masked-language-model only"""
-    keep_single_sentences: bool = True
-    """False drops a chunk of one sentence where it cannot grow, as brightmart's code does"""
+    algorithm: PairAlgorithm = "strict"
 
     @property
     def max_num_tokens(self) -> int:
         """Tokens that fit beside [CLS], [SEP] and, for pairs, the second [SEP]."""
-        return self.max_seq_length - (2 if self.single_segment else 3)
+        return self.max_seq_length - (2 if self.algorithm == "none" else 3)
 
 
 def make_pairs(
@@ -102,27 +100,30 @@ def make_pairs(
         policy: how chunks are made.
         rng: the only source of randomness.
     """
-    if policy.keep_single_sentences:
+    if policy.algorithm in ("strict", "none"):
         documents = split_long_sentences(documents, clause_table, policy.max_num_tokens)
     ends, docs = documents.sentence_ends, documents.document_ends
     targets = _draw_targets(len(docs) - 1, policy, rng)
     starts, stops = _chunk(ends, docs, targets, policy)
     begin, end = ends[starts], ends[stops]
-    if policy.single_segment:
+    if policy.algorithm == "none":
         begin, end = _truncate_one(begin, end, policy.max_num_tokens, rng)
         return Pairs(begin, end, end, end, np.full(len(begin), NO_SENTENCE_ORDER, np.int8))
-    split = _split_points(documents, starts, stops, clause_table, rng)
-    a_start, a_end, b_start, b_end = _truncate_pairs(begin, split, end, policy.max_num_tokens, rng)
+    clauses = clause_table if policy.algorithm == "strict" else np.zeros_like(clause_table)
+    split = _split_points(documents, starts, stops, clauses, rng)
+    swap = rng.random(len(begin)) < 0.5
+    a_start, a_end, b_start, b_end = _truncate_pairs(begin, split, end, swap, policy.max_num_tokens, rng)
     b_end = _drop_copies(documents.ids, a_start, a_end, b_start, b_end)
-    swap = (rng.random(len(begin)) < 0.5) & (b_end > b_start)
-    labels = np.where(b_end > b_start, swap, NO_SENTENCE_ORDER).astype(np.int8)
-    return Pairs(
+    is_pair = b_end > b_start
+    swap &= is_pair
+    pairs = Pairs(
         np.where(swap, b_start, a_start),
         np.where(swap, b_end, a_end),
         np.where(swap, a_start, b_start),
         np.where(swap, a_end, b_end),
-        labels,
+        np.where(is_pair, swap, NO_SENTENCE_ORDER).astype(np.int8),
     )
+    return pairs.reorder(np.flatnonzero(is_pair)) if policy.algorithm == "albert_pytorch" else pairs
 
 
 def split_long_sentences(
@@ -167,7 +168,7 @@ def _chunk(
     wanted = ends[:-1] + np.repeat(targets, sentences)
     # next_chunk[i]: where the chunk that begins with sentence i ends
     reach = np.searchsorted(ends, wanted)
-    if not policy.keep_single_sentences:
+    if policy.algorithm == "albert_pytorch":  # a chunk of one sentence grows, however long that is
         reach = np.maximum(reach, np.arange(2, len(ends) + 1))
     next_chunk = np.minimum(reach, np.repeat(docs[1:], sentences)).tolist()
     starts: list[int] = []
@@ -180,9 +181,9 @@ def _chunk(
             starts.append(i)
             stops.append(stop)
             i = stop
-        if starts[-1] != end - 1:
+        if starts[-1] != end - 1 or policy.algorithm == "google":
             continue
-        if not policy.keep_single_sentences:
+        if policy.algorithm == "albert_pytorch":
             starts.pop()
             stops.pop()
         elif end - begin > 1 and ends[end] - ends[starts[-2]] <= limit:
@@ -248,19 +249,25 @@ def pack_documents(documents: TokenizedDocuments, tokens_wanted: int) -> Tokeniz
 
 
 def _truncate_pairs(
-    begin: Offsets, split: Offsets, end: Offsets, limit: int, rng: np.random.Generator
+    begin: Offsets,
+    split: Offsets,
+    end: Offsets,
+    swap: NDArray[np.bool_],
+    limit: int,
+    rng: np.random.Generator,
 ) -> tuple[Offsets, Offsets, Offsets, Offsets]:
     """Cut the longer segment, token by token at a random end, until the pair has `limit` tokens.
 
-    This is BERT's loop in closed form: the longer one shrinks to the length of the other, then both alternate,
-    B first; how many tokens go at the front is binomial.
+    This is BERT's loop in closed form: the longer one shrinks to the length of the other, then both alternate; how
+    many tokens go at the front is binomial. Of two equal ones that which stands second yields first, so that the
+    lengths of the segments do not tell whether they were swapped.
     """
     a, b = split - begin, end - split
     excess = np.maximum(a + b - limit, 0)
     level = np.minimum(excess, np.abs(a - b))
     rest = excess - level
-    cut_a = np.where(a > b, level, 0) + rest // 2
-    cut_b = np.where(a > b, 0, level) + (rest + 1) // 2
+    cut_a = np.where(a > b, level, 0) + (rest + swap) // 2
+    cut_b = np.where(a > b, 0, level) + (rest + ~swap) // 2
     front_a, front_b = rng.binomial(cut_a, 0.5), rng.binomial(cut_b, 0.5)
     return begin + front_a, split - (cut_a - front_a), split + front_b, end - (cut_b - front_b)
 

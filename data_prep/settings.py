@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TextFormat = Literal["auto", "lines", "prose", "jsonl"]
-
+PairAlgorithm = Literal["strict", "google", "albert_pytorch", "none"]
 
 _ASCII = bytes(range(128))
 
@@ -48,11 +48,10 @@ class BuildSettings(BaseModel):
     """Longest n-gram, in words."""
     favor_ngram: Literal["shorter", "longer"] = "shorter"
     """shorter: p(n) ~ 1/n as the paper; longer: the reverse."""
-    sop_algorithm: Literal["strict", "google"] = "strict"
-    """What happens to a chunk of one sentence. strict: merged, split at a clause, or kept without an order;
-    google: dropped, as brightmart's code does (Google's and albert_pytorch's make mislabelled pairs of it)."""
-    single_segment: bool = False
-    """No sentence pairs: masked-language-model only."""
+    pairs: PairAlgorithm = "strict"
+    """Sentence pairs, by what becomes of a sentence that is alone. strict: joins the chunk before it, is split at a
+    clause, or has no order; google: has no order; albert_pytorch: takes the next one in, or is dropped; none: all
+    examples have one segment, masked-language-model only."""
     pack_short_documents: bool = False
     """Join short neighbouring documents, so that examples are longer."""
     whole_words: Literal["pieces", "none", "jieba"] = "pieces"

@@ -325,9 +325,7 @@ def test_chinese_words_of_jieba_match_the_inputs(tmp_path):
 
 
 def test_token_masking_and_single_segments(place, tmp_path):
-    manifest = make(
-        place, tmp_path / "out", whole_words="none", single_segment=True, pack_short_documents=True
-    )
+    manifest = make(place, tmp_path / "out", whole_words="none", pairs="none", pack_short_documents=True)
     reader = ShardReader(tmp_path / "out", manifest.split("train"), 2000)
     block = reader.read_block(0, 0)
     assert (block.sentence_order_labels == -100).all()

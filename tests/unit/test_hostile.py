@@ -40,8 +40,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("lines", "tokenizer", []),
         ("prose", "tokenizer", ["--dedup", "near", "--pack-short-documents", "--dupe-factor", "2"]),
         ("jsonl", "tokenizer", []),
-        ("lines", "vocab.txt", ["--sop-algorithm", "google", "--min-document-tokens", "1"]),
-        ("prose", "vocab.txt", ["--whole-words", "none", "--max-ngram", "5"]),
+        ("lines", "vocab.txt", ["--pairs", "albert_pytorch", "--min-document-tokens", "1"]),
+        ("prose", "vocab.txt", ["--pairs", "google", "--whole-words", "none", "--max-ngram", "5"]),
     ],
 )
 def test_hostile_documents_are_all_accounted_for(place, tmp_path, text_format, tokenizer, options):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ from albert.shards import NO_SENTENCE_ORDER
 from data_prep.segments import (
     PairPolicy,
     TokenizedDocuments,
+    _chunk,
+    _truncate_pairs,
     make_pairs,
     pack_documents,
     split_long_sentences,
@@ -42,9 +46,12 @@ def documents() -> TokenizedDocuments:
     return random_documents(600)
 
 
-@pytest.fixture(scope="module")
-def pairs(documents):
-    return make_pairs(documents, CLAUSES, PairPolicy(128), np.random.default_rng(1))
+ALGORITHMS = ("strict", "google", "albert_pytorch")
+
+
+@pytest.fixture(scope="module", params=ALGORITHMS)
+def pairs(request, documents):
+    return make_pairs(documents, CLAUSES, PairPolicy(128, algorithm=request.param), np.random.default_rng(1))
 
 
 def document_of(documents: TokenizedDocuments, offsets: np.ndarray) -> np.ndarray:
@@ -79,6 +86,60 @@ def test_labels_say_the_order(pairs):
     assert not overlap[two].any()
 
 
+def predecessors_chunks(sizes: list[int], target: int, algorithm: str) -> list[tuple[int, int]]:
+    """The walk of Google's and brightmart's (and so albert_pytorch's) code over one document, step by step."""
+    chunks, chunk, i = [], [], 0
+    while i < len(sizes):
+        chunk.append(i)
+        if i == len(sizes) - 1 or sum(sizes[j] for j in chunk) >= target:
+            if len(chunk) == 1 and algorithm == "albert_pytorch":
+                i += 1  # the line that albert_pytorch lacks: there, the same sentence comes again as its own partner
+                continue
+            chunks.append((chunk[0], chunk[-1] + 1))
+            chunk = []
+        i += 1
+    return chunks
+
+
+@pytest.mark.parametrize("algorithm", ["google", "albert_pytorch"])
+def test_chunks_are_those_of_the_predecessors(documents, algorithm):
+    """With targets from 2 tokens on, so that many chunks have one sentence."""
+    targets = np.random.default_rng(3).integers(2, 126, len(documents.document_ends) - 1)
+    policy = PairPolicy(128, algorithm=algorithm)
+    starts, stops = _chunk(documents.sentence_ends, documents.document_ends, targets, policy)
+    wanted = []
+    for i, (begin, end) in enumerate(pairwise(documents.document_ends.tolist())):
+        sizes = np.diff(documents.sentence_ends[begin : end + 1]).tolist()
+        chunks = predecessors_chunks(sizes, int(targets[i]), algorithm)
+        wanted += [(begin + start, begin + stop) for start, stop in chunks]
+    assert list(zip(starts.tolist(), stops.tolist(), strict=True)) == wanted
+    alone = sum(stop - start == 1 for start, stop in wanted)
+    assert alone > 500 if algorithm == "google" else alone == 0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_boundaries_inside_a_chunk_are_equally_likely(algorithm):
+    """Documents of four sentences, one chunk each: three boundaries, each a third within 4 standard deviations."""
+    documents = documents_of([[10] * 4] * 3000)
+    policy = PairPolicy(128, short_seq_prob=0, algorithm=algorithm)
+    pairs = make_pairs(documents, CLAUSES, policy, np.random.default_rng(0))
+    split = np.where(pairs.labels == 0, pairs.second_start, pairs.first_start) % 40
+    assert sorted(set(split.tolist())) == [10, 20, 30]
+    shares = np.bincount(split)[[10, 20, 30]] / len(split)
+    assert np.abs(shares - 1 / 3).max() < 4 * np.sqrt(2 / 9 / len(split))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_lengths_do_not_tell_the_order(algorithm):
+    """Pairs that are cut to 63 and 62 tokens: either segment may be the longer one, whatever the label is."""
+    documents = documents_of([[100, 90]] * 2000)
+    policy = PairPolicy(128, short_seq_prob=0, algorithm=algorithm)
+    pairs = make_pairs(documents, np.zeros_like(CLAUSES), policy, np.random.default_rng(0))
+    first, second = pairs.first_end - pairs.first_start, pairs.second_end - pairs.second_start
+    assert set(zip(first.tolist(), second.tolist(), strict=True)) == {(63, 62)}
+    assert abs((pairs.labels == 1).mean() - 0.5) < 4 * 0.5 / np.sqrt(2000)
+
+
 def test_every_sentence_is_in_exactly_one_example_but_for_truncation(documents):
     pairs = make_pairs(documents, CLAUSES, PairPolicy(30_000, short_seq_prob=0), np.random.default_rng(2))
     seen = np.zeros(len(documents.ids), int)
@@ -89,16 +150,15 @@ def test_every_sentence_is_in_exactly_one_example_but_for_truncation(documents):
 
 
 def test_truncation_equals_berts_loop_in_closed_form():
-    from data_prep.segments import _truncate_pairs
-
     rng = np.random.default_rng(0)
     a, b, limit = rng.integers(1, 200, 500), rng.integers(1, 200, 500), 120
     begin = np.zeros(500, np.int64)
-    a_start, a_end, b_start, b_end = _truncate_pairs(begin, a, a + b, limit, rng)
+    swap = rng.random(500) < 0.5
+    a_start, a_end, b_start, b_end = _truncate_pairs(begin, a, a + b, swap, limit, rng)
     for i in range(500):
         left, right = int(a[i]), int(b[i])
         while left + right > limit:
-            if left > right:
+            if left > right or (left == right and swap[i]):
                 left -= 1
             else:
                 right -= 1
@@ -132,10 +192,13 @@ def test_one_sentence_documents_are_split_at_a_clause_or_kept_as_one_segment():
     assert (pairs.labels[25:] == NO_SENTENCE_ORDER).all()
 
 
-def test_a_refrain_never_becomes_a_pair_with_itself():
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_refrain_never_becomes_a_pair_with_itself(algorithm):
     documents = documents_of([[6, 6]] * 40)
     documents.ids[:] = np.tile([11, 12, 13, 14, 15, 16], 80)
-    pairs = make_pairs(documents, CLAUSES, PairPolicy(128, short_seq_prob=0), np.random.default_rng(0))
+    policy = PairPolicy(128, short_seq_prob=0, algorithm=algorithm)
+    pairs = make_pairs(documents, CLAUSES, policy, np.random.default_rng(0))
+    assert pairs.num_examples == (0 if algorithm == "albert_pytorch" else 40)
     assert (pairs.labels == NO_SENTENCE_ORDER).all()
     assert (pairs.second_end == pairs.second_start).all()
 
@@ -151,26 +214,35 @@ def test_long_sentences_are_cut_at_clauses_without_losing_a_token():
     assert (documents.ids[cuts - 1] == COMMA).mean() > 0.9
 
 
-def test_google_walk_drops_a_chunk_of_one_sentence():
-    policy = PairPolicy(128, short_seq_prob=0, keep_single_sentences=False)
+@pytest.mark.parametrize(
+    ("algorithm", "labelled"),
+    [
+        ("strict", [False, True, False, False, False, True, True]),  # 300 = 125 + 125 + 50
+        ("google", [False, True, False, False, False, True]),
+        ("albert_pytorch", [True, True, True]),
+    ],
+)
+def test_what_becomes_of_a_sentence_that_is_alone(algorithm, labelled):
     documents = documents_of([[30], [70, 70, 60], [300, 10], [30, 30]])
-    pairs = make_pairs(documents, CLAUSES, policy, np.random.default_rng(0))
-    owners = document_of(documents, pairs.first_start)
-    assert owners.tolist() == [1, 2, 3]
-    assert (pairs.labels >= 0).all()
+    policy = PairPolicy(128, short_seq_prob=0, algorithm=algorithm)
+    pairs = make_pairs(documents, np.zeros_like(CLAUSES), policy, np.random.default_rng(0))
+    assert (pairs.labels >= 0).tolist() == labelled
 
 
 def test_single_segment_has_no_pairs(documents):
-    pairs = make_pairs(documents, CLAUSES, PairPolicy(128, single_segment=True), np.random.default_rng(0))
+    policy = PairPolicy(128, algorithm="none")
+    pairs = make_pairs(documents, CLAUSES, policy, np.random.default_rng(0))
     assert (pairs.labels == NO_SENTENCE_ORDER).all()
     assert (pairs.first_end - pairs.first_start).max() == 126
     assert (pairs.second_end == pairs.second_start).all()
 
 
-def test_short_sequences_are_as_frequent_as_asked():
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_short_sequences_are_as_frequent_as_asked(algorithm):
     """One document, one target: short ones have a share of 0.3 within 4 standard deviations."""
     documents = documents_of([[5] * 60] * 1500)
-    pairs = make_pairs(documents, CLAUSES, PairPolicy(103, short_seq_prob=0.3), np.random.default_rng(0))
+    policy = PairPolicy(103, short_seq_prob=0.3, algorithm=algorithm)
+    pairs = make_pairs(documents, CLAUSES, policy, np.random.default_rng(0))
     first = np.unique(document_of(documents, pairs.first_start), return_index=True)[1]
     total = pairs.first_end - pairs.first_start + pairs.second_end - pairs.second_start
     short = (total[first] < 96).mean()
