@@ -111,6 +111,8 @@ class OptimizerConfig(_Section):
 
 
 class ScheduleConfig(_Section):
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Each layer below the head learns at this factor of the rate above it (for fine-tuning); 1 for none."""
     """Learning rate as a pure function of the step."""
 
     name: Literal["google_polynomial", "polynomial", "linear", "cosine", "constant", "wsd"] = (
@@ -185,6 +187,28 @@ class RunConfig(_Section):
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Order of examples, initial weights and dropout follow from it."""
+class ProbeConfig(_Section):
+    """A task that is fine-tuned from checkpoints while the pretraining goes on; its scores are logged as `probe`."""
+
+    interval_steps: int = Field(default=0, ge=0)
+    """Steps between probes, which take the first checkpoint at or behind each multiple; 0 for none."""
+    task: str | None = None
+    """One of `python -m albert.finetune --list-tasks`, or custom."""
+    task_file: str | None = None
+    """YAML file of a task of your own (task: custom)."""
+    data: str | None = None
+    """Directory of its train and dev files."""
+    num_steps: int = Field(default=200, ge=1)
+    """Optimizer steps of one probe."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Default: the task's recipe, like the next two."""
+    batch_size: int | None = Field(default=None, ge=1)
+    max_seq_length: int | None = Field(default=None, ge=8)
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda takes memory and time of the device that rank 0 trains on."""
+    num_threads: int = Field(default=1, ge=1)
+
+
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -204,6 +228,7 @@ def _cross_problems(config: RunConfig) -> list[str]:
         )
     if schedule.name == "wsd" and not 0 < schedule.decay_steps <= train.num_steps - schedule.warmup_steps:
         problems.append(
+    probe: ProbeConfig = ProbeConfig()
             f"schedule.decay_steps ({schedule.decay_steps}) must be between 1 and train.num_steps - "
             f"schedule.warmup_steps ({train.num_steps - schedule.warmup_steps}) for wsd"
         )
@@ -241,6 +266,10 @@ def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
 
 
 def recipe_names() -> list[str]:
+    if config.probe.interval_steps and not (config.probe.task and config.probe.data):
+        problems.append(
+            f"probe.interval_steps ({config.probe.interval_steps}) needs probe.task and probe.data; 0: no probes"
+        )
     """Names of the recipes that ship with the package."""
     files = importlib.resources.files("albert.recipes").iterdir()
     return sorted(Path(file.name).stem for file in files if file.name.endswith(".yaml"))

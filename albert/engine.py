@@ -138,7 +138,7 @@ class Engine:
     def step(self, learning_rate: float) -> StepResult:
         """Update the weights after the last micro-batch of a step."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate_factor"]
         self.optimizer.num_steps += 1
         result = self._step_partitioned() if self._zero else self._step_replicated()
         if not result.applied:

@@ -105,7 +105,7 @@ class Monitor:
         )
         if kind == "train" and not self._prints_lines:
             self._bar.set_postfix_str(text, refresh=False)
-        elif kind == "eval" or self._prints_lines:
+        elif kind != "train" or self._prints_lines:
             self.print(f"{kind:5} step {step}/{self._bar.total}  {text}")
 
     def close(self) -> None:
@@ -127,6 +127,7 @@ class Monitor:
 _SHOWN = {
     "train": ("mlm_loss", "sop_loss", "learning_rate", "tokens_per_s", "mfu", "remaining_s"),
     "eval": ("mlm_loss", "mlm_accuracy", "sop_loss", "sop_accuracy"),
+    "probe": ("accuracy", "majority_accuracy", "f1", "matthews", "pearson", "exact_match", "entity_f1"),
 }
 
 

@@ -16,6 +16,7 @@ from albert.config import RunConfig, load_run_config, recipe_names
 from albert.deepspeed_config import build_deepspeed_config
 from albert.durable_files import write_file_durably
 from albert.errors import ConfigError, NonFiniteError, PreemptedError, end_rank, run_command
+from albert.probes import check_probe
 from albert.run_lock import lock_run_directory
 from albert.shards import Manifest, dataset_tokenizer, read_manifest
 from albert.stopping import StopRequest
@@ -57,6 +58,7 @@ def _main() -> None:
     placement = build_deepspeed_config(config, world_size)
     manifest = read_manifest(config.data.directory)
     _check_output_directory(config)
+    check_probe(config.probe)
     # Everything above fails in milliseconds; the imports below take seconds.
     from albert.distributed import close_world, init_world, peer_errors
     from albert.loader import check_dataset

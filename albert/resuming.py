@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from albert.config import RunConfig
 from albert.errors import ConfigError
 
-_FREE_SECTIONS = {"checkpoint", "deepspeed", "eval", "log"}
+_FREE_SECTIONS = {"checkpoint", "deepspeed", "eval", "log", "probe"}
 _FREE_KEYS = {
     "data.cache_directory",
     "data.cache_max_gib",

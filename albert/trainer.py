@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from albert.flops import step_flops
 from albert.loader import TrainLoader
 from albert.monitoring import Monitor, measure_matmul_flops_per_s
 from albert.optim.schedules import learning_rate
+from albert.probes import Probes
 from albert.run_checkpoints import RunCheckpoints
 from albert.shards import NO_SENTENCE_ORDER
 from albert.stopping import StopRequest
@@ -102,6 +104,7 @@ class Trainer:
         self.step, self.position = 0, 0
         self._matmul_flops_per_s = measure_matmul_flops_per_s(engine.device, _DTYPES[config.train.precision])
         self._checkpoints = checkpoints
+        self._probes = Probes(config.probe, Path(config.train.output_dir), monitor)
         self._nonfinite_in_a_row = 0
         self._interval = _Interval()
         self._saved_step = -1
@@ -123,7 +126,8 @@ class Trainer:
             self._evaluate()
         self._interval = _Interval()
         should_stop = False
-        with contextlib.closing(self.loader.steps(self.step, self.position)) as steps:
+        steps_of_rank = self.loader.steps(self.step, self.position)
+        with contextlib.closing(steps_of_rank) as steps, contextlib.closing(self._probes):
             while self.step < last_step and not should_stop:
                 should_stop = self._fetch_and_train(steps)
         if self._saved_step != self.step:
@@ -238,6 +242,7 @@ class Trainer:
                 "remaining_s": remaining * elapsed_s / interval.num_steps,
             }
             self.monitor.record("train", self.step, values)
+            self._probes.poll()
         self._interval = _Interval()
 
     def _is_due(self, interval_steps: int) -> bool:
@@ -261,3 +266,4 @@ class Trainer:
         path = self._checkpoints.finish()
         if path and self.monitor:
             self.monitor.event(self.step, f"checkpoint committed: {path}")
+            self._probes.begin(self._saved_step, path)

@@ -43,6 +43,7 @@ _SETTINGS: dict[str, tuple[type, str]] = {
     "max_steps": (int, "optimizer steps, instead of --epochs"),
     "warmup_steps": (int, "steps of rising learning rate (default: a tenth)"),
     "max_seq_length": (int, "longest sequence in tokens; longer ones are cut"),
+    "layer_decay": (float, "factor of the rate for each layer below the head, e.g. 0.9 (default: 1)"),
     "weight_decay": (float, "AdamW's, not on biases and LayerNorms"),
     "max_grad_norm": (float, "clip the gradient norm; 0 for no clipping"),
     "dropout": (float, "dropout of hidden states and attention (default: the model's)"),

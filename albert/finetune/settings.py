@@ -36,6 +36,8 @@ class FinetuneSettings(BaseModel):
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Hidden and attention dropout; default: the model's own."""
     classifier_dropout: float | None = Field(default=None, ge=0, lt=1)
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Each level below the head learns at this factor of the rate above it; see `optim.groups.rate_factors`."""
     reinit_pooler: bool = False
     eval_interval_steps: int | None = Field(default=None, ge=1)
     """Default: once per epoch."""
@@ -89,6 +91,7 @@ class FinetuneSettings(BaseModel):
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
+            layer_decay=self.layer_decay,
         )
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:

@@ -26,15 +26,18 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     """Groups for `albert.optim.lamb.Lamb`.
 
     AdamW: one decayed and one undecayed group. LAMB: one group per adapted tensor, and one group with all
-    others. Tied parameters appear once. Every group carries `name`, `num_elements` (of its one adapted tensor,
-    before any padding), `weight_decay` and `adapt`.
+    others. With `layer_decay`, these are split by level. Tied parameters appear once. Every group carries `name`,
+    `num_elements` (of its one adapted tensor, before any padding), `weight_decay`, `adapt` and `rate_factor`.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    factors = rate_factors(model, config.layer_decay)
     adapted: list[tuple[str, nn.Parameter]] = []
-    rest: list[tuple[str, nn.Parameter]] = []
+    merged: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
-        is_adapted = config.name == "lamb" and not (config.lamb_variant == "google" and is_excluded(name))
-        (adapted if is_adapted else rest).append((name, parameter))
+        if config.name == "lamb" and not (config.lamb_variant == "google" and is_excluded(name)):
+            adapted.append((name, parameter))
+        else:
+            merged.setdefault((factors[name], is_excluded(name)), []).append(parameter)
     groups = [
         {
             "params": [parameter],
@@ -42,20 +45,52 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
             "num_elements": parameter.numel(),
             "weight_decay": 0.0 if is_excluded(name) else config.weight_decay,
             "adapt": True,
+            "rate_factor": factors[name],
         }
         for name, parameter in adapted
     ]
-    for name, decay in (("decayed", config.weight_decay), ("undecayed", 0.0)):
-        members = [parameter for key, parameter in rest if is_excluded(key) == (name == "undecayed")]
-        if members:
-            elements = sum(parameter.numel() for parameter in members)
-            groups.append(
-                {
-                    "params": members,
-                    "name": name,
-                    "num_elements": elements,
-                    "weight_decay": decay,
-                    "adapt": False,
-                }
-            )
+    for (factor, excluded), members in sorted(merged.items()):
+        name = "undecayed" if excluded else "decayed"
+        groups.append(
+            {
+                "params": members,
+                "name": name if factor == 1.0 else f"{name} x {factor:.6g}",
+                "num_elements": sum(parameter.numel() for parameter in members),
+                "weight_decay": 0.0 if excluded else config.weight_decay,
+                "adapt": False,
+                "rate_factor": factor,
+            }
+        )
     return groups
+
+
+def rate_factors(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Parameter name -> share of the learning rate, `layer_decay` to the power of the levels above its own.
+
+    The head and the pooler are the highest level, the embeddings with their projection the lowest. Between them, a
+    block stands as high as its *last* use, for that is where it meets the head, and blocks whose last uses are
+    neighbours among all last uses are one level apart. So twelve layers of their own are twelve levels, as in BERT
+    (ELECTRA, Clark et al. 2020, section 3.1), one that is shared by all is a single level right below the head,
+    and with shared attention the feed-forward blocks are levels of which the attention has the highest.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if layer_decay == 1.0:
+        return dict.fromkeys(names, 1.0)
+    encoder: Any = model.get_submodule("albert.encoder")
+    uses = {"attention": encoder.attention_of_use, "feed_forward": encoder.feed_forward_of_use}
+    last_use = {
+        f"albert.encoder.{kind}.{block}": use
+        for kind, blocks in uses.items()
+        for use, block in enumerate(blocks)
+    }
+    levels = {use: level for level, use in enumerate(sorted(set(last_use.values())), start=1)}
+    level_of = {prefix: levels[use] for prefix, use in last_use.items()}
+    level_of |= {"albert.embeddings": 0, "albert.encoder.embedding_hidden_mapping_in": 0}
+    level_of["albert.encoder.LayerNorm"] = len(levels)
+    head = len(levels) + 1
+
+    def factor(name: str) -> float:
+        level = next((level for prefix, level in level_of.items() if name.startswith(f"{prefix}.")), head)
+        return float(layer_decay ** (head - level))
+
+    return {name: factor(name) for name in names}

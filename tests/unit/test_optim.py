@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from albert.config import OptimizerConfig, ScheduleConfig
-from albert.optim.groups import is_excluded, parameter_groups
+from albert.heads import AlbertForSequenceClassification
+from albert.model_config import ModelConfig
+from albert.optim.groups import is_excluded, parameter_groups, rate_factors
 from albert.optim.lamb import Lamb, build_optimizer
 from albert.optim.schedules import learning_rate
 
@@ -147,3 +149,54 @@ def test_zero_weights_or_updates_have_ratio_one():
     optimizer.param_groups[0]["lr"] = 1.0
     optimizer.step()
     assert weight[0].item() == pytest.approx(-0.1 / (math.sqrt(0.001) + 1e-6), rel=1e-6)
+
+
+_SMALL = {
+    "vocab_size": 20, "embedding_size": 8, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16,
+    "max_position_embeddings": 8, "num_hidden_layers": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "attention", "feed_forward", "embeddings"),
+    [
+        ({}, [0.5], [0.5], 0.25),
+        ({"share_type": "none"}, [0.0625, 0.125, 0.25, 0.5], [0.0625, 0.125, 0.25, 0.5], 0.03125),
+        ({"share_type": "attention"}, [0.5], [0.0625, 0.125, 0.25, 0.5], 0.03125),
+        ({"share_type": "ffn"}, [0.0625, 0.125, 0.25, 0.5], [0.5], 0.03125),
+        ({"num_hidden_groups": 2}, [0.25, 0.5], [0.25, 0.5], 0.125),
+        ({"inner_group_num": 2}, [0.25, 0.5], [0.25, 0.5], 0.125),
+    ],
+)
+def test_layer_decay_by_hand(changes, attention, feed_forward, embeddings):
+    model = AlbertForSequenceClassification(ModelConfig(**_SMALL, **changes), 2)
+    factors = rate_factors(model, 0.5)
+    assert factors.keys() == dict(model.named_parameters()).keys()
+    for kind, expected in (("attention", attention), ("feed_forward", feed_forward)):
+        for name in (n for n in factors if n.startswith(f"albert.encoder.{kind}.")):
+            assert factors[name] == expected[int(name.split(".")[3])], name
+    assert factors["albert.embeddings.word_embeddings.weight"] == embeddings
+    assert factors["albert.encoder.embedding_hidden_mapping_in.bias"] == embeddings
+    assert factors["albert.pooler.weight"] == factors["classifier.weight"] == 1.0
+
+
+def test_a_final_layer_norm_is_as_high_as_the_last_layer():
+    sizes = {**_SMALL, "embedding_size": 4}
+    config = ModelConfig(**sizes, layout="brightmart", ln_type="preln", share_type="none", final_ln=True)
+    factors = rate_factors(AlbertForSequenceClassification(config, 2), 0.5)
+    assert factors["albert.encoder.LayerNorm.weight"] == 0.5
+    assert factors["albert.embeddings.word_embeddings_2.weight"] == 0.03125
+
+
+def test_layer_decay_splits_the_groups_and_keeps_their_decay():
+    model = AlbertForSequenceClassification(ModelConfig(**_SMALL), 2)
+    config = OptimizerConfig(name="adamw", learning_rate=1.0, layer_decay=0.5)
+    groups = parameter_groups(model, config)
+    assert [(group["name"], group["weight_decay"]) for group in groups] == [
+        ("decayed x 0.25", 0.01), ("undecayed x 0.25", 0.0), ("decayed x 0.5", 0.01), ("undecayed x 0.5", 0.0),
+        ("decayed", 0.01), ("undecayed", 0.0),
+    ]  # fmt: skip
+    assert sum(group["num_elements"] for group in groups) == sum(p.numel() for p in model.parameters())
+    lamb = parameter_groups(model, config.model_copy(update={"name": "lamb"}))
+    by_name = {group["name"]: group["rate_factor"] for group in lamb}
+    assert by_name["albert.encoder.attention.0.query.weight"] == 0.5

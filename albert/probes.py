@@ -1,0 +1,211 @@
+"""Probes: while a pretraining runs, a task is fine-tuned from its checkpoints in a process of its own.
+
+The process has its own session, the lowest priority and (by default) one thread of the CPU; there is one at a time.
+Whatever happens to it is an event in the log of the pretraining and never its failure, and it ends with it.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from albert.config import ProbeConfig
+from albert.errors import MissingInputError
+
+_DIRECTORY = "probes"
+_RESULTS = "results.json"
+_LOWEST_PRIORITY = 19
+_PR_SET_PDEATHSIG = 1
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+"""Variables by which the probe would take itself for a rank of the pretraining; all SLURM_* do so too."""
+
+
+class Log(Protocol):
+    """What a probe needs of `albert.monitoring.Monitor`."""
+
+    def record(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Write numbers."""
+
+    def event(self, step: int, message: str) -> None:
+        """Write what happened."""
+
+
+class Probes:
+    """Starts probes at committed checkpoints and collects their scores. No method raises anything."""
+
+    def __init__(self, config: ProbeConfig, run_directory: Path, log: Log | None) -> None:
+        """Start nothing yet; probes that an earlier part of the run finished are not repeated.
+
+        Args:
+            config: what to run, and how often.
+            run_directory: of the pretraining.
+            log: gets the scores; None for no probes, on all ranks but the first.
+        """
+        self._config, self._log = config, log
+        self._directory = run_directory / _DIRECTORY
+        done = (int(path.parent.name.removeprefix("step-")) for path in self._directory.glob(f"*/{_RESULTS}"))
+        self._last_step = max(done, default=0)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_closed = False
+
+    def begin(self, step: int, checkpoint: Path) -> None:
+        """Start a probe if this checkpoint is the first one in its interval of steps."""
+        interval = self._config.interval_steps
+        if (
+            self._log is None
+            or self._is_closed
+            or not interval
+            or step // interval <= self._last_step // interval
+        ):
+            return
+        self.poll()
+        if self._process:
+            self._log.event(step, f"probe skipped: that of step {self._last_step} still runs")
+            return
+        self._last_step = step
+        try:
+            self._start(checkpoint)
+        except OSError as error:
+            self._log.event(step, f"probe not started: {error}")
+
+    def _start(self, checkpoint: Path) -> None:
+        output = self._output
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        try:
+            # Links keep the files while the checkpoint may be removed.
+            model = Path(shutil.copytree(checkpoint, output / "checkpoint", copy_function=os.link))
+        except OSError:
+            model = checkpoint
+        command = [sys.executable, "-m", "albert.probes", str(os.getpid()), *self._arguments(model)]
+        with self._log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(self._config),
+                start_new_session=True,
+            )
+
+    def _arguments(self, model: Path) -> list[str]:
+        """Command line of the fine-tuning."""
+        config = self._config
+        options: dict[str, Any] = {
+            "task": config.task,
+            "task-file": config.task_file,
+            "data-dir": config.data,
+            "model": model,
+            "output": self._output,
+            "max-steps": config.num_steps,
+            "learning-rate": config.learning_rate,
+            "batch-size": config.batch_size,
+            "max-seq-length": config.max_seq_length,
+            "eval-interval-steps": config.num_steps,
+            "checkpoint-interval-steps": 0,
+            "device": config.device,
+            "progress": "off",
+        }
+        given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+        return [*given, "--do-train", "--do-eval", "--no-tensorboard"]
+
+    @property
+    def _output(self) -> Path:
+        return self._directory / f"step-{self._last_step:08d}"
+
+    @property
+    def _log_path(self) -> Path:
+        return self._output / "log.txt"
+
+    def poll(self) -> None:
+        """Record the scores of a probe that has ended since the last call, or why it has none."""
+        code = self._process.poll() if self._process else None
+        if code is None or self._log is None:
+            return
+        self._process = None
+        try:
+            if code:
+                raise ValueError(f"exit code {code}: {_last_line(self._log_path)}")
+            results = json.loads((self._output / _RESULTS).read_bytes())
+            self._log.record("probe", self._last_step, results["splits"]["dev"])
+        except (OSError, ValueError, KeyError) as error:
+            self._log.event(self._last_step, f"probe failed: {error}")
+        self._remove_models()
+
+    def close(self) -> None:
+        """Take the scores of a probe that has ended, and end one that still runs."""
+        self.poll()
+        self._is_closed = True
+        if self._process is None or self._log is None:
+            return
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+        self._log.event(self._last_step, "probe ended with the training, before it had a score")
+        self._remove_models()
+
+    def _remove_models(self) -> None:
+        for name in ("checkpoint", "model"):
+            shutil.rmtree(self._output / name, ignore_errors=True)
+
+
+def check_probe(config: ProbeConfig) -> None:
+    """Refuse a probe that could never run.
+
+    Raises:
+        ConfigError: no such task.
+        MissingInputError: no data for it.
+    """
+    if not config.interval_steps:
+        return
+    from albert.finetune.custom import read_task
+    from albert.finetune.reading import find_file
+    from albert.finetune.tasks import find_task
+
+    task = read_task(Path(config.task_file)) if config.task_file else find_task(config.task or "")
+    for split in ("train", "dev"):
+        try:
+            find_file(task, Path(config.data or ""), split)
+        except MissingInputError as error:
+            raise MissingInputError(f"probe.data: {error}") from None
+
+
+def _environment(config: ProbeConfig) -> dict[str, str]:
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _OF_A_RANK and not name.startswith("SLURM_")
+    }
+    if config.device == "cpu":
+        inherited |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return {**inherited, "OMP_NUM_THREADS": str(config.num_threads)}
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return lines[-1] if lines else "no output"
+
+
+def main() -> None:
+    """The probe's own process: `python -m albert.probes PARENT FINETUNE-ARGUMENTS`."""
+    parent = int(sys.argv.pop(1))
+    os.setpriority(os.PRIO_PROCESS, 0, _LOWEST_PRIORITY)
+    # The kernel ends this process with the pretraining, even where that is killed.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit(1)
+    from albert.finetune import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
