@@ -35,7 +35,8 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 POINTER_NAME = "latest"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
-_TEMPORARY_NAME = re.compile(r"step-\d{8,}\.tmp")
+_REPLACED_SUFFIX = ".replaced.tmp"
+_TEMPORARY_NAME = re.compile(r"step-\d{8,}(\.replaced)?\.tmp|latest\.tmp-\d+")
 _PARTS = ("weights", "exp_avg", "exp_avg_sq")
 _SPACE_FACTOR = 1.05
 
@@ -185,9 +186,12 @@ class Save:
             if self._world.is_main:
                 _commit(self._temporary, self.final, self.state, rows, extra_files)
 
+        def retain() -> None:
+            if self._world.is_main:
+                _remove_old(directory, keep_last, keep_every)
+
         _on_all_ranks(commit, directory)
-        if self._world.is_main:
-            _remove_old(directory, keep_last, keep_every)
+        _on_all_ranks(retain, directory)
         return self.final
 
     def _stage(self, num_bytes: int) -> None:
@@ -250,11 +254,14 @@ def _commit(
     manifest = CheckpointManifest(format_version=FORMAT_VERSION, state=state, files=files)
     manifest = manifest.model_copy(update={"sha256": manifest.content_sha256()})
     write_file_durably(temporary / MANIFEST_NAME, [manifest.model_dump_json(indent=1).encode()])
+    replaced = final.with_name(f"{final.name}{_REPLACED_SUFFIX}")
     if final.exists():
-        # Only after a resume from an older step: the new checkpoint replaces one that did not verify.
-        shutil.rmtree(final)
+        # After a resume from an older step, or a second start of a finished run. `remove_leftovers` puts the old
+        # one back if this process ends before the new one has its name.
+        final.rename(replaced)
     temporary.rename(final)
     sync_directory(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     write_file_durably(final.parent / POINTER_NAME, [f"{final.name}\n".encode()])
 
 
@@ -266,9 +273,17 @@ def _remove_old(directory: Path, keep_last: int, keep_every: int) -> None:
         # Renamed first, so that a crash in between leaves no half checkpoint under a committed name.
         doomed = step_directory(directory, step)
         shutil.rmtree(doomed.rename(doomed.with_name(f"{doomed.name}.tmp")), ignore_errors=True)
+    _remove_temporary(directory)
+
+
+def _remove_temporary(directory: Path) -> None:
     for path in directory.iterdir():
-        if _TEMPORARY_NAME.fullmatch(path.name):
+        if not _TEMPORARY_NAME.fullmatch(path.name):
+            continue
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def read_checkpoint(directory: Path) -> tuple[TrainingState, dict[str, dict[str, Tensor]]]:
@@ -375,7 +390,9 @@ def load_newest(
 def remove_leftovers(directory: Path, world: World) -> None:
     """Remove what interrupted saves left behind. Collective."""
     if world.is_main and directory.is_dir():
-        for path in directory.iterdir():
-            if _TEMPORARY_NAME.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+        for replaced in directory.glob(f"step-*{_REPLACED_SUFFIX}"):
+            final = replaced.with_name(replaced.name.removesuffix(_REPLACED_SUFFIX))
+            if not final.exists():
+                replaced.rename(final)
+        _remove_temporary(directory)
     barrier()

@@ -11,41 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from albert import checkpoint
 from albert.distributed import close_world, init_world
 from albert.errors import DataError, DiskError, MissingInputError
+from tests.checkpoints import SHAPES, assert_holds, make_state, make_tensors
 from tests.ranks import run_ranks
-
-SHAPES = {
-    "a.weight": torch.Size([40, 30]),
-    "a.bias": torch.Size([40]),
-    "b": torch.Size([7, 3]),
-    "c": torch.Size([1]),
-}
-
-
-def make_state(step: int) -> checkpoint.TrainingState:
-    return checkpoint.TrainingState(
-        step=step,
-        position=step * 8,
-        optimizer_steps=step,
-        loss_scaler={"cur_scale": 2.0**16},
-        run_config={"seed": 1},
-        dataset_sha256="d",
-        tokenizer_sha256="t",
-        world_size=1,
-    )
-
-
-def make_tensors(step: int) -> list[tuple[str, str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(step)
-    return [
-        (part, name, torch.randn(shape, generator=generator))
-        for name, shape in SHAPES.items()
-        for part in ("weights", "exp_avg", "exp_avg_sq")
-    ]
 
 
 @contextlib.contextmanager
@@ -59,14 +30,6 @@ def save_steps(directory: Path, steps: list[int], keep_last: int = 10, keep_ever
         for step in steps:
             save = checkpoint.Save(directory, make_state(step), make_tensors(step), SHAPES, world)
             save.commit({"config.json": b"{}"}, keep_last, keep_every)
-
-
-def assert_holds(directory: Path, step: int) -> None:
-    state, parts = checkpoint.read_checkpoint(checkpoint.step_directory(directory, step))
-    assert state == make_state(step)
-    for part, name, tensor in make_tensors(step):
-        assert torch.equal(parts[part][name], tensor)
-    assert sum(len(names) for names in parts.values()) == 3 * len(SHAPES)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
