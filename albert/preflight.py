@@ -7,41 +7,37 @@ directory, an all-reduce with its bandwidth, one small training step. Each probl
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import platform
 import secrets
 import shutil
-import socket
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from albert.addresses import is_remote
 from albert.config import RunConfig, load_run_config
-from albert.errors import AlbertError, ConfigError, PeerLostError, end_rank, run_command
-from albert.shards import read_manifest
+from albert.durable_files import write_file_durably
+from albert.errors import ConfigError, PeerLostError, end_rank, run_command
+from albert.preflight_facts import (
+    Facts,
+    bad_hosts,
+    collect,
+    host_facts,
+    problem_lines,
+    promised_bytes_per_s,
+    rank_problems,
+)
 
 if TYPE_CHECKING:
     from albert.distributed import World
 
-Facts = dict[str, Any]
-"""What one rank found on its host."""
-
 JOIN_TIMEOUT_S = 20.0
-MAX_SKEW_S = 5.0
+LIMIT_S = 120.0
+"""A host on which a check hangs, as on a dead file system, ends after this time."""
 SAVES_THAT_MUST_FIT = 2
 
-_EQUAL = {
-    "code": "different code (hash {value}); install the same version of this project everywhere",
-    "versions": "different versions ({value}); install the packages of constraints.txt everywhere",
-    "dataset": "different or stale shards (manifest {value}); copy the dataset again or use a shared directory",
-}
-_PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 _BYTES_PER_PARAMETER_SAVED = 12
 _REDUCED_VALUES = 4 * 2**20
 _EXAMPLES = """examples:
@@ -50,68 +46,6 @@ _EXAMPLES = """examples:
   python -m launcher slurm --nodes 8 preflight --config xlarge ...
 
 Exit code 0: every check passed; 78: at least one did not, each named in a line; 76: a rank did not arrive."""
-
-
-def local_facts(config: RunConfig) -> Facts:
-    """Look at this host, without the other ranks; problems are collected, not raised."""
-    problems: list[str] = []
-    dataset = _check(problems, lambda: _dataset_hash(config))
-    _check(problems, lambda: check_interfaces(os.environ, Path("/sys/class/net")))
-    _check(problems, lambda: check_space(config))
-    return {
-        "host": socket.gethostname(),
-        "code": code_hash(Path(__file__).parent)[:12],
-        "versions": " ".join([platform.python_version(), *(f"{n} {metadata.version(n)}" for n in _PACKAGES)]),
-        "dataset": dataset,
-        "problems": problems,
-    }
-
-
-def _check(problems: list[str], check: Any) -> Any:
-    try:
-        return check()
-    except AlbertError as error:
-        problems.append(str(error))
-        return None
-
-
-def code_hash(package: Path) -> str:
-    """SHA-256 over all source files of a package, names included."""
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _dataset_hash(config: RunConfig) -> str:
-    """Hash of the manifest, once the sizes of all local files that it names are right."""
-    manifest = read_manifest(config.data.directory)
-    for shard in () if is_remote(config.data.directory) else manifest.shards:
-        path = Path(config.data.directory) / shard.name
-        size = path.stat().st_size if path.is_file() else None
-        if size != shard.bytes:
-            found = "is missing" if size is None else f"has {size:,} bytes, the manifest says {shard.bytes:,}"
-            raise ConfigError(
-                f"{path}: {found}; the shards are stale, run python -m data_prep verify on them"
-            )
-    return str(manifest.sha256)[:12]
-
-
-def check_interfaces(environment: Any, devices: Path) -> None:
-    """Every network interface that is asked for is there.
-
-    Raises:
-        ConfigError: names the variable and the interfaces that are there.
-    """
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        names = environment.get(variable, "").removeprefix("=").split(",")
-        present = sorted(path.name for path in devices.iterdir())
-        for name in filter(None, names):
-            # NCCL takes beginnings of names, and ^ for "not these".
-            if not name.startswith("^") and not any(other.startswith(name) for other in present):
-                raise ConfigError(
-                    f"{variable}: no network interface {name!r}; there are {', '.join(present)}"
-                )
 
 
 def check_space(config: RunConfig) -> None:
@@ -140,21 +74,6 @@ def check_space(config: RunConfig) -> None:
         )
 
 
-def compare_facts(facts: Sequence[Facts]) -> list[str]:
-    """Problems of single hosts, and where hosts differ from the first; one line each, without repetition."""
-    lines = [f"{fact['host']}: {problem}" for fact in facts for problem in fact["problems"]]
-    for key, text in _EQUAL.items():
-        for fact in facts[1:]:
-            if None not in (fact[key], facts[0][key]) and fact[key] != facts[0][key]:
-                wanted = f"; {facts[0]['host']} has {facts[0][key]}"
-                lines.append(f"{fact['host']}: " + text.format(value=fact[key]) + wanted)
-    clocks = sorted(fact["clock"] for fact in facts)
-    for fact in facts:
-        skew = fact["clock"] - clocks[len(clocks) // 2]
-        lines += [f"{fact['host']}: its clock is {skew:+.0f} s from the others'"] * (abs(skew) > MAX_SKEW_S)
-    return list(dict.fromkeys(lines))
-
-
 def gather_facts(facts: Facts) -> list[Facts]:
     """Everybody's facts, by rank. Collective."""
     import numpy as np
@@ -168,25 +87,21 @@ def gather_facts(facts: Facts) -> list[Facts]:
     return [json.loads(bytes(other.numpy()).rstrip(b"\0")) for other in gather_rows(row)]
 
 
-def probe_directory(directory: Path, world: World) -> list[str]:
-    """Whether what one rank writes all others read. Collective; returns this rank's problems."""
+def probe_directory(facts: Facts, world: World) -> None:
+    """Whether this rank may write the output directory, and sees there what rank 0 wrote. Collective."""
     from albert.distributed import barrier, max_over_ranks
 
+    directory = Path(facts["output_dir"])
     nonce = max_over_ranks(secrets.randbits(62) if world.is_main else 0)
-    problems = []
     path = directory / f".preflight-{nonce}-{world.rank}"
     try:
         path.write_text(str(nonce))
     except OSError as error:
-        problems.append(f"train.output_dir ({directory}): not writable: {error.strerror}")
+        facts["problems"].append(f"train.output_dir ({directory}): not writable: {error.strerror}")
     barrier()
-    if not (directory / f".preflight-{nonce}-0").is_file():
-        problems.append(
-            f"train.output_dir ({directory}): not shared with the host of rank 0; use a shared file system"
-        )
+    facts["sees_first"] = (directory / f".preflight-{nonce}-0").is_file()
     barrier()
     path.unlink(missing_ok=True)
-    return problems
 
 
 def measure_all_reduce(world: World) -> tuple[bool, float]:
@@ -246,50 +161,86 @@ def busy_device(world: World) -> list[str]:
     return []
 
 
-def run_checks(config: RunConfig) -> tuple[list[str], bool]:
+def run_checks(config: RunConfig, join_timeout_s: float, report: Path | None) -> tuple[list[str], bool]:
     """All checks. Collective.
 
+    Args:
+        config: of the pretraining that is to start.
+        join_timeout_s: how long the other ranks may take to arrive, and each collective after that.
+        report: file that gets the hosts and the bad ones among them, from rank 0.
+
     Returns:
-        The problems, and whether this rank is the one to report them.
+        A line for each problem, and whether this rank is the one to report them.
 
     Raises:
-        PeerLostError: a rank did not arrive.
+        PeerLostError: a rank did not arrive, or was lost.
     """
-    facts = {**local_facts(config), "clock": 0.0}
+    facts = host_facts(config)
+    collect(facts, lambda: check_space(config))
     if any("SOCKET_IFNAME" in problem for problem in facts["problems"]):
-        return compare_facts([facts]), True  # it cannot even meet the others
-    from albert.distributed import close_world, init_world
+        return problem_lines([facts], [facts["problems"]]), True  # it cannot even meet the others
+    from albert.distributed import close_world, init_world, peer_errors
 
     try:
-        world = init_world(config.train.device, JOIN_TIMEOUT_S)
+        world = init_world(config.train.device, join_timeout_s)
     except ConfigError as error:
         facts["problems"].append(str(error))
-        return compare_facts([facts]), True
+        return problem_lines([facts], [facts["problems"]]), True
     except RuntimeError as error:
         raise PeerLostError(
-            f"{facts['host']}: not all ranks arrived in {JOIN_TIMEOUT_S:.0f} s; a host is down, or its line is above"
+            f"{facts['host']}: not all ranks arrived in {join_timeout_s:.0f} s; a host is down, or its line is above"
         ) from error
-    problems = _compare_with_others(config, facts, world)
+    with peer_errors():
+        everybody = _exchange(config, facts, world)
     close_world()
-    return problems, world.is_main
+    problems = rank_problems(everybody)
+    if report is not None and world.is_main:
+        hosts = {"hosts": [fact["host"] for fact in everybody], "bad_hosts": bad_hosts(everybody, problems)}
+        write_file_durably(report, [json.dumps(hosts).encode()])
+    return problem_lines(everybody, problems), world.is_main
 
 
-def _compare_with_others(config: RunConfig, facts: Facts, world: World) -> list[str]:
+def _exchange(config: RunConfig, facts: Facts, world: World) -> list[Facts]:
+    """What ranks can only try together; returns everybody's facts. Collective."""
     from albert.distributed import barrier
 
     barrier()
     facts["clock"] = time.time()
-    facts["problems"] += busy_device(world) + probe_directory(Path(config.train.output_dir), world)
-    facts["problems"] += try_step(config, world)
+    probe_directory(facts, world)
+    facts["problems"] += busy_device(world) + try_step(config, world)
     is_right, bytes_per_s = measure_all_reduce(world)
     if not is_right:
         facts["problems"].append("a sum over the ranks came out wrong")
     everybody = gather_facts(facts)
     if world.is_main:
-        hosts = ", ".join(dict.fromkeys(fact["host"] for fact in everybody))
-        sys.stdout.write(f"preflight: {world.size} ranks on {hosts}: {facts['versions']}\n")
-        sys.stdout.write(f"preflight: all-reduce of 16 MiB: {bytes_per_s / 1e9:.2f} GB/s per rank\n")
-    return compare_facts(everybody)
+        hosts = list(dict.fromkeys(fact["host"] for fact in everybody))
+        sys.stdout.write(f"preflight: {world.size} ranks on {', '.join(hosts)}: {facts['versions']}\n")
+        sys.stdout.write(f"preflight: all-reduce of 16 MiB: {_bandwidth(bytes_per_s, len(hosts))}\n")
+    return everybody
+
+
+def _bandwidth(bytes_per_s: float, num_hosts: int) -> str:
+    """Measured beside expected: a ring over several hosts is as fast as the network of one."""
+    promised = promised_bytes_per_s(os.environ, Path("/sys/class"), Path("/proc/net/route"))
+    text = f"{bytes_per_s / 1e9:.2f} GB/s per rank"
+    if num_hosts == 1:
+        return text
+    if promised is None:
+        return f"{text}; this host does not say what its network promises"
+    return f"{text}; {promised[0]} promises {promised[1] / 1e9:.2f} GB/s"
+
+
+def _end_after(limit_s: float) -> None:
+    """End this process if it is not done by then; nothing else ends one that hangs in a system call."""
+
+    def end() -> None:
+        sys.stderr.write(f"error: preflight: not done in {limit_s:.0f} s: a file system or a device hangs\n")
+        sys.stderr.flush()
+        os._exit(ConfigError.exit_code)
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
 
 
 def _main() -> None:
@@ -300,10 +251,17 @@ def _main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="recipe or path of a YAML file")
+    parser.add_argument(
+        "--join-timeout", type=float, default=JOIN_TIMEOUT_S, metavar="SECONDS",
+        help=f"how long the ranks may take to find each other ({JOIN_TIMEOUT_S:.0f})",
+    )  # fmt: skip
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the names of bad hosts as JSON")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     began_at = time.monotonic()
-    problems, is_reporter = run_checks(load_run_config(options.config, options.overrides))
+    _end_after(LIMIT_S)
+    config = load_run_config(options.config, options.overrides)
+    problems, is_reporter = run_checks(config, options.join_timeout, options.report)
     if problems and not is_reporter:
         sys.exit(ConfigError.exit_code)
     if problems:

@@ -79,7 +79,7 @@ def test_other_code_an_unshared_directory_and_stale_shards_are_named_together(pr
     assert len(found) == 3, lines
     assert all(line.startswith("node2: ") for line in found)
     assert (
-        f"node2: train.output_dir ({preflight.run}): not shared with the host of rank 0; use a shared file system"
+        f"node2: train.output_dir ({preflight.run}): not shared with the other hosts; use a shared file system"
         in found
     )
     assert any("different code (hash " in line for line in found)
