@@ -105,14 +105,14 @@ class OptimizerConfig(_Section):
     """Decoupled; never applied to biases and LayerNorms."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip the global gradient norm; 0 for no clipping."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Each layer below the head learns at this factor of the rate above it (for fine-tuning); 1 for none."""
     lamb_variant: Literal["google", "brightmart", "deepspeed"] = "google"
     """google: no bias correction, ratio 1 for biases and LayerNorms. brightmart: ratio on every tensor.
     deepspeed: ratio on every tensor, bias correction, ratio clamped to [0.01, 10]."""
 
 
 class ScheduleConfig(_Section):
-    layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Each layer below the head learns at this factor of the rate above it (for fine-tuning); 1 for none."""
     """Learning rate as a pure function of the step."""
 
     name: Literal["google_polynomial", "polynomial", "linear", "cosine", "constant", "wsd"] = (
@@ -166,27 +166,6 @@ class LogConfig(_Section):
     """Progress bar on rank 0; auto shows it on a terminal and prints lines elsewhere."""
 
 
-class DeepSpeedSection(_Section):
-    """Placement of state."""
-
-    config: str = "zero1"
-    """Name of a file in ds_configs (zero0 zero1 zero2 zero3 zero2_offload) or path of a JSON file."""
-
-
-class RunConfig(_Section):
-    """Everything that a pretraining run is."""
-
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig = ScheduleConfig()
-    eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
-    deepspeed: DeepSpeedSection = DeepSpeedSection()
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """Order of examples, initial weights and dropout follow from it."""
 class ProbeConfig(_Section):
     """A task that is fine-tuned from checkpoints while the pretraining goes on; its scores are logged as `probe`."""
 
@@ -209,6 +188,28 @@ class ProbeConfig(_Section):
     num_threads: int = Field(default=1, ge=1)
 
 
+class DeepSpeedSection(_Section):
+    """Placement of state."""
+
+    config: str = "zero1"
+    """Name of a file in ds_configs (zero0 zero1 zero2 zero3 zero2_offload) or path of a JSON file."""
+
+
+class RunConfig(_Section):
+    """Everything that a pretraining run is."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    probe: ProbeConfig = ProbeConfig()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Order of examples, initial weights and dropout follow from it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -228,7 +229,6 @@ def _cross_problems(config: RunConfig) -> list[str]:
         )
     if schedule.name == "wsd" and not 0 < schedule.decay_steps <= train.num_steps - schedule.warmup_steps:
         problems.append(
-    probe: ProbeConfig = ProbeConfig()
             f"schedule.decay_steps ({schedule.decay_steps}) must be between 1 and train.num_steps - "
             f"schedule.warmup_steps ({train.num_steps - schedule.warmup_steps}) for wsd"
         )
@@ -243,6 +243,10 @@ def _cross_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"train.global_batch_size ({train.global_batch_size}) is not a multiple of "
             f"train.micro_batch_size ({train.micro_batch_size}); nearest multiples are {' and '.join(map(str, near))}"
+        )
+    if config.probe.interval_steps and not (config.probe.task and config.probe.data):
+        problems.append(
+            f"probe.interval_steps ({config.probe.interval_steps}) needs probe.task and probe.data; 0: no probes"
         )
     return problems
 
@@ -266,10 +270,6 @@ def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
 
 
 def recipe_names() -> list[str]:
-    if config.probe.interval_steps and not (config.probe.task and config.probe.data):
-        problems.append(
-            f"probe.interval_steps ({config.probe.interval_steps}) needs probe.task and probe.data; 0: no probes"
-        )
     """Names of the recipes that ship with the package."""
     files = importlib.resources.files("albert.recipes").iterdir()
     return sorted(Path(file.name).stem for file in files if file.name.endswith(".yaml"))
