@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -54,6 +55,8 @@ class PretrainBatch(_Movable):
     """[preds] int64, original ids"""
     sentence_order_labels: Tensor
     """[batch] int64, 0 in order, 1 swapped, -100 none"""
+    examples: Sequence[tuple[int, int, int, int]] = ()
+    """(position, block, row, epoch) of every sequence where a ledger is kept, else nothing"""
 
 
 def pack(input_ids: Tensor, token_type_ids: Tensor, lengths: tuple[int, ...]) -> PackedBatch:

@@ -64,6 +64,10 @@ class TrainingState(BaseModel):
     dataset_sha256: str
     tokenizer_sha256: str
     world_size: int
+    recent_losses: list[float] = []
+    """With which the loss-spike detector goes on."""
+    skipped: list[tuple[int, int]] = []
+    """Ranges of positions that this state has left out."""
 
 
 class CheckpointManifest(BaseModel):
@@ -76,10 +80,10 @@ class CheckpointManifest(BaseModel):
     sha256: str = ""
     """Of this manifest with this field empty, so that a flipped bit in it is noticed too."""
 
-    def content_sha256(self) -> str:
-        """What `sha256` has to be."""
-        content = self.model_copy(update={"sha256": ""}).model_dump(mode="json")
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+def _content_sha256(manifest: dict[str, Any]) -> str:
+    """What the manifest's `sha256` has to be, whatever fields its program knew."""
+    return hashlib.sha256(json.dumps({**manifest, "sha256": ""}, sort_keys=True).encode()).hexdigest()
 
 
 def step_directory(directory: Path, step: int) -> Path:
@@ -252,7 +256,8 @@ def _commit(
         sha256 = write_file_durably(temporary / name, [data])
         files[name] = FileEntry(bytes=len(data), sha256=sha256)
     manifest = CheckpointManifest(format_version=FORMAT_VERSION, state=state, files=files)
-    manifest = manifest.model_copy(update={"sha256": manifest.content_sha256()})
+    sha256 = _content_sha256(manifest.model_dump(mode="json"))
+    manifest = manifest.model_copy(update={"sha256": sha256})
     write_file_durably(temporary / MANIFEST_NAME, [manifest.model_dump_json(indent=1).encode()])
     replaced = final.with_name(f"{final.name}{_REPLACED_SUFFIX}")
     if final.exists():
@@ -267,12 +272,8 @@ def _commit(
 
 def _remove_old(directory: Path, keep_last: int, keep_every: int) -> None:
     """Remove checkpoints that are neither new nor to be kept, and what interrupted saves left; nothing else."""
-    for step in list_steps(directory)[:-keep_last]:
-        if keep_every and step % keep_every == 0:
-            continue
-        # Renamed first, so that a crash in between leaves no half checkpoint under a committed name.
-        doomed = step_directory(directory, step)
-        shutil.rmtree(doomed.rename(doomed.with_name(f"{doomed.name}.tmp")), ignore_errors=True)
+    old = list_steps(directory)[:-keep_last]
+    remove_steps(directory, [step for step in old if not keep_every or step % keep_every])
     _remove_temporary(directory)
 
 
@@ -330,7 +331,7 @@ def read_manifest(directory: Path) -> CheckpointManifest:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: damaged manifest ({str(error).splitlines()[0]})") from error
-    if manifest.sha256 != manifest.content_sha256():
+    if manifest.sha256 != _content_sha256(raw):
         raise DataError(f"{path}: damaged manifest (its own SHA-256 differs)")
     return manifest
 
@@ -385,6 +386,14 @@ def load_newest(
             f"{directory}: none of {num_checkpoints} checkpoints verifies; remove them to start anew"
         )
     return None
+
+
+def remove_steps(directory: Path, steps: Iterable[int]) -> None:
+    """Remove checkpoints."""
+    for step in steps:
+        # Renamed first, so that a crash in between leaves no half checkpoint under a committed name.
+        doomed = step_directory(directory, step)
+        shutil.rmtree(doomed.rename(doomed.with_name(f"{doomed.name}.tmp")), ignore_errors=True)
 
 
 def remove_leftovers(directory: Path, world: World) -> None:

@@ -88,8 +88,14 @@ class TrainConfig(_Section):
     """torch.compile of the shared layer; auto compiles on CUDA only."""
     max_nonfinite_steps: int = Field(default=3, ge=1)
     """Stop with exit code 70 after this many steps in a row with a NaN or infinite loss or gradient."""
+    replica_check_interval_steps: int = Field(default=0, ge=0)
+    """Compare the weights that the ranks hold in common every so many steps, and end with exit code 76 where one
+    differs; 0 for never. ZeRO-3 holds none in common."""
     peer_timeout_s: float = Field(default=600.0, gt=0)
     """A collective that takes longer ends the run with exit code 76."""
+    hang_timeout_s: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """A step that takes longer than this, and than five usual ones, ends the run with exit code 76 and says where
+    every rank is. auto: 10, or 60 where layers are compiled, which may happen again. 0: never."""
 
 
 class OptimizerConfig(_Section):
@@ -156,10 +162,25 @@ class CheckpointConfig(_Section):
     """Keys (or `dataset`, `tokenizer`) that may differ from those of the checkpoint that is resumed."""
 
 
+class SpikeConfig(_Section):
+    """Loss spikes, looked for at every line of metrics and before every checkpoint."""
+
+    threshold: float = Field(default=8.0, ge=0)
+    """A loss so many robust standard deviations above the median of those before is a spike; 0 for none."""
+    window_steps: int = Field(default=64, ge=16)
+    """Losses that are compared with."""
+    action: Literal["report", "rewind"] = "report"
+    """rewind goes back to the last checkpoint before the spike and leaves out exactly the batches of the spike."""
+    max_rewinds: int = Field(default=3, ge=1)
+    """Of a run; later spikes are only reported."""
+
+
 class LogConfig(_Section):
     """What is reported and how often."""
 
     interval_steps: int = Field(default=10, ge=1)
+    ledger: bool = False
+    """Record which examples every step used; `--audit-ledger` proves from it that none was lost or repeated."""
     tensorboard: bool = True
     """Write TensorBoard event files beside the JSON lines."""
     progress: Switch = "auto"
@@ -205,6 +226,7 @@ class RunConfig(_Section):
     schedule: ScheduleConfig = ScheduleConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    spikes: SpikeConfig = SpikeConfig()
     log: LogConfig = LogConfig()
     probe: ProbeConfig = ProbeConfig()
     deepspeed: DeepSpeedSection = DeepSpeedSection()
@@ -344,9 +366,13 @@ def _expand_model(section: Any, problems: list[str]) -> Any:
     return {**ModelConfig().model_dump(), **own}
 
 
+_UNION_MEMBERS = ("int", "float", "constrained-float", "literal['auto']")
+"""What pydantic adds to the place of an error to say which form of a value it tried."""
+
+
 def _describe(item: Any) -> list[str]:
     """One pydantic error as lines of the form `key: what is wrong, with the value`."""
-    key = ".".join(str(part) for part in item["loc"] if part not in ("int", "literal['auto']"))
+    key = ".".join(str(part) for part in item["loc"] if part not in _UNION_MEMBERS)
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(item["loc"][-1]), _valid_names(item["loc"]), n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(_valid_names(item['loc']))}"

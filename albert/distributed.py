@@ -21,6 +21,7 @@ from torch.distributed import distributed_c10d as c10d
 from albert.errors import ConfigError, PeerLostError
 
 _SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+_HEARTBEAT_TIMEOUT_S = 1.0
 _PEER_FAILURE = re.compile(
     r"gloo|NCCL|closed by peer|reset by peer|Timed out waiting|Connection refused", re.IGNORECASE
 )
@@ -34,6 +35,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    store: dist.Store | None = None
+    """By which the ranks found each other."""
 
     @property
     def is_main(self) -> bool:
@@ -63,11 +66,13 @@ def init_world(device: str, timeout_s: float) -> World:
     # DeepSpeed makes groups without naming a timeout; torch's default would let them wait for 30 minutes.
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    store: dist.Store = dist.HashStore()
     if size > 1:
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return World(rank, size, local_rank, chosen)
+        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    store.set_timeout(timeout)
+    groups = dist.PrefixStore("groups", store)
+    dist.init_process_group(backend, store=groups, rank=rank, world_size=size, timeout=timeout)
+    return World(rank, size, local_rank, chosen, store)
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:
@@ -98,6 +103,38 @@ def peer_errors() -> Iterator[None]:
             f"another rank died, hangs or cannot be reached ({cause}); see its log, then give the same command "
             "again to go on from the last checkpoint"
         ) from error
+
+
+class Heartbeats:
+    """One line of text per rank, which every rank can read without the others' help."""
+
+    def __init__(self, world: World) -> None:
+        """Connect on its own: a collective may hold the other connection for as long as it waits."""
+        self._world = world
+        clone = getattr(world.store, "clone", None)  # missing in the stubs of torch
+        self._store: dist.Store | None = clone() if clone and world.size > 1 else None
+        if self._store:
+            self._store.set_timeout(datetime.timedelta(seconds=_HEARTBEAT_TIMEOUT_S))
+
+    def send(self, line: str) -> None:
+        """Replace this rank's line; says nothing where nobody can be reached."""
+        with contextlib.suppress(RuntimeError):
+            if self._store:
+                self._store.set(self._key(self._world.rank), line)
+
+    def receive(self) -> dict[int, str]:
+        """Rank -> its line; empty where not all ranks have one, or the store cannot be reached."""
+        if not self._store:
+            return {}
+        keys = [self._key(rank) for rank in range(self._world.size)]
+        try:
+            return {rank: line.decode() for rank, line in enumerate(self._store.multi_get(keys))}
+        except RuntimeError:
+            return {}
+
+    @staticmethod
+    def _key(rank: int) -> str:
+        return f"heartbeat/{rank}"
 
 
 def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -85,7 +85,7 @@ class Engine:
         """
         self.stage = zero_stage(deepspeed_config)
         self.device = world.device
-        self._world = world
+        self.world = world
         self.optimizer = build_optimizer(model, optimizer)
         _check_precision(deepspeed_config)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables
@@ -131,7 +131,7 @@ class Engine:
                 number of predictions of all ranks and micro-batches. DeepSpeed averages over the ranks, which
                 the factor undoes, so gradients do not depend on how a batch is divided.
         """
-        self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
+        self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -37,10 +37,11 @@ class Evaluator:
         self._places = self._source.places(config.eval.num_examples)
         self._world = world
 
-    def evaluate(self, engine: Engine) -> dict[str, float]:
-        """Losses per prediction and accuracies over all ranks. Collective."""
+    def evaluate(self, engine: Engine, on_batch: Callable[[], None]) -> dict[str, float]:
+        """Losses per prediction and accuracies over all ranks; says so before every micro-batch. Collective."""
         sums = torch.zeros(6, dtype=torch.float64)
         for batch, weight in self._batches():
+            on_batch()
             output = engine.evaluate(batch.to(engine.device), with_accuracy=True)
             counts = (batch.masked_lm_labels.numel(), _count_sentence_orders(batch))
             values = [float(value) for value in (*output, *counts)]

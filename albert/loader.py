@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from albert.batches import PretrainBatch, pack
 from albert.config import DataConfig
 from albert.errors import AlbertError, ConfigError
 from albert.masking import MaskingPolicy, example_keys, remask_block
-from albert.sample_order import Place, SampleOrder, choose_num_lanes, rank_positions
+from albert.sample_order import Place, Ranges, SampleOrder, rank_share, step_positions
 from albert.shard_cache import CacheOptions
 from albert.shards import Block, Manifest, ShardReader, dataset_tokenizer
 from albert.tokenization import load_tokenizer
@@ -162,61 +162,83 @@ class BatchPlan:
 class _PositionSampler(Sampler[list[int]]):
     """Positions of this rank's micro-batches, from a step on."""
 
-    def __init__(self, plan: BatchPlan, first_step: int, first_position: int) -> None:
-        self.plan, self.first_step, self.first_position = plan, first_step, first_position
+    def __init__(self, plan: BatchPlan, first_step: int, first_position: int, skipped: Ranges) -> None:
+        self.plan, self.skipped = plan, skipped
+        self.first_step, self.first_position = first_step, first_position
 
     def __iter__(self) -> Iterator[list[int]]:
-        plan = self.plan
-        for step in range(plan.num_steps - self.first_step):
-            start = self.first_position + step * plan.global_batch_size
-            positions = rank_positions(start, plan.global_batch_size, plan.rank, plan.world_size)
-            for first in range(0, len(positions), plan.micro_batch_size):
-                yield list(positions[first : first + plan.micro_batch_size])
+        plan, start = self.plan, self.first_position
+        for _ in range(plan.num_steps - self.first_step):
+            positions = step_positions(start, plan.global_batch_size, self.skipped)
+            start = int(positions[-1]) + 1
+            own = rank_share(positions, plan.rank, plan.world_size).tolist()
+            for first in range(0, len(own), plan.micro_batch_size):
+                yield own[first : first + plan.micro_batch_size]
 
 
 class _Positions(Dataset[PretrainBatch]):
     """Map-style dataset over positions; a batch sampler asks for a whole micro-batch at once."""
 
-    def __init__(self, source: ExampleSource, order: SampleOrder) -> None:
-        self.source, self.order = source, order
+    def __init__(self, source: ExampleSource, order: SampleOrder, names_examples: bool) -> None:
+        self.source, self.order, self.names_examples = source, order, names_examples
 
     def __getitems__(self, positions: list[int]) -> PretrainBatch:
-        return self.source.batch([self.order.locate(position) for position in positions])
+        places = [self.order.locate(position) for position in positions]
+        batch = self.source.batch(places)
+        if not self.names_examples:
+            return batch
+        return replace(batch, examples=[(k, *place) for k, place in zip(positions, places, strict=True)])
 
 
 class TrainLoader:
     """Micro-batches of every step for one rank."""
 
-    def __init__(self, config: DataConfig, manifest: Manifest, plan: BatchPlan, seed: int) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        manifest: Manifest,
+        plan: BatchPlan,
+        seed: int,
+        *,
+        names_examples: bool = False,
+    ) -> None:
         """Set up order and source.
+
+        Args:
+            config: of the data.
+            manifest: of the dataset.
+            plan: how a step is divided.
+            seed: of the run.
+            names_examples: fill `PretrainBatch.examples`, for a ledger.
 
         Raises:
             ConfigError: the dataset has no training examples, or fewer blocks than lanes.
         """
-        num_blocks = sum(len(shard.blocks) for shard in manifest.split("train"))
-        lanes = choose_num_lanes(num_blocks) if config.num_lanes == "auto" else config.num_lanes
+        self.order = SampleOrder.of_dataset(config, manifest, seed)
+        lanes = self.order.num_lanes
         own_lanes = lanes // plan.world_size if lanes % plan.world_size == 0 else lanes
-        self._config, self._plan = config, plan
-        # Two windows per lane: the one in use and, while lanes cross a border one after the other, the next.
+        self._config, self._plan, self._names_examples = config, plan, names_examples
         remasking = Remasking.of_dataset(config, manifest, seed) if config.remask else None
+        # Two windows per lane: the one in use and, while lanes cross a border one after the other, the next.
+        cached_blocks = 2 * own_lanes * config.window_blocks
         self.source = ExampleSource(
-            config.directory,
-            manifest,
-            "train",
-            2 * own_lanes * config.window_blocks,
-            remasking,
-            config.cache,
-        )
-        self.order = SampleOrder(
-            self.source.block_examples, seed=seed, num_lanes=lanes, window_blocks=config.window_blocks
+            config.directory, manifest, "train", cached_blocks, remasking, config.cache
         )
 
-    def steps(self, first_step: int, first_position: int) -> Generator[list[PretrainBatch], None, None]:
-        """The micro-batches of each step from `first_step` (which begins at `first_position`) to the last."""
+    def steps(
+        self, first_step: int, first_position: int, skipped: Ranges = ()
+    ) -> Generator[list[PretrainBatch], None, None]:
+        """The micro-batches of each step from `first_step` (which begins at `first_position`) to the last.
+
+        Args:
+            first_step: steps done before.
+            first_position: where the last of them ended.
+            skipped: positions that no step uses.
+        """
         workers = self._config.num_workers
         loader = DataLoader(
-            _Positions(self.source, self.order),
-            batch_sampler=_PositionSampler(self._plan, first_step, first_position),
+            _Positions(self.source, self.order, self._names_examples),
+            batch_sampler=_PositionSampler(self._plan, first_step, first_position, skipped),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             collate_fn=_identity,

@@ -57,21 +57,32 @@ class Monitor:
             num_steps: steps of the whole run.
             shown: kind -> metrics for the terminal; default those of pretraining.
         """
-        self._config = config
+        self._directory, self._config = run_directory, config
         self._shown = shown or _SHOWN
-        path = run_directory / METRICS_NAME
-        _truncate_metrics(path, first_step)
-        self._file: TextIO = path.open("a", encoding="utf-8")
-        self._tensorboard = (
-            SummaryWriter(str(run_directory / "tensorboard"), purge_step=first_step + 1)
-            if config.tensorboard
-            else None
-        )
+        self._open(first_step)
         shows_bar = config.progress == "on" or (config.progress == "auto" and sys.stderr.isatty())
         self._bar = tqdm(
             total=num_steps, initial=first_step, unit="step", disable=not shows_bar, dynamic_ncols=True
         )
         self._prints_lines = not shows_bar and config.progress != "off"
+
+    def _open(self, first_step: int) -> None:
+        path = self._directory / METRICS_NAME
+        _truncate_metrics(path, first_step)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._tensorboard = (
+            SummaryWriter(str(self._directory / "tensorboard"), purge_step=first_step + 1)
+            if self._config.tensorboard
+            else None
+        )
+
+    def rewind(self, step: int) -> None:
+        """Drop what the logs say about steps after this one, which will be done again."""
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        self._open(step)
+        self.advance(step)
 
     def record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Write one line of metrics, its TensorBoard scalars, and show it."""

@@ -30,11 +30,15 @@ if TYPE_CHECKING:
 Placement = dict[str, Any]
 """A complete DeepSpeed dictionary."""
 
+_HANG_TIMEOUT_S = 10.0
+_COMPILING_HANG_TIMEOUT_S = 60.0
+
 _EXAMPLES = """examples:
   python -m albert.pretrain --config demo data.directory=data/shards train.output_dir=runs/first
   python -m launcher local -n 8 pretrain --config base data.directory=data/shards
   python -m albert.pretrain --config my.yaml train.num_steps=20000 optimizer.learning_rate=1e-3
   python -m albert.pretrain --config xlarge --show       (print the resolved configuration and stop)
+  python -m albert.pretrain --config my.yaml --audit-ledger
 
 A run that was stopped or killed goes on where it was when the same command is given again.
 exit codes: 0 done, 65 bad data, 66 missing input, 70 non-finite, 74 disk, 75 stopped with the checkpoint
@@ -53,6 +57,9 @@ def _main() -> None:
     config = load_run_config(arguments.config, arguments.overrides)
     if arguments.show:
         sys.stdout.write(config_text(config))
+        return
+    if arguments.audit_ledger:
+        _audit_ledger(config)
         return
     world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
     placement = build_deepspeed_config(config, world_size)
@@ -87,6 +94,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--config", required=True, help=f"recipe ({', '.join(recipe_names())}) or path of a YAML file"
     )
     parser.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--audit-ledger",
+        action="store_true",
+        help="check from the ledger of the run (log.ledger=true) that no example was lost or repeated, and stop",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="change values of the configuration"
@@ -105,6 +117,26 @@ def _check_output_directory(config: RunConfig) -> None:
         raise ConfigError(f"train.output_dir ({path}) is a file; name a directory")
 
 
+def _audit_ledger(config: RunConfig) -> None:
+    """Print what the ledger of a run proves.
+
+    Raises:
+        MissingInputError: there is no ledger.
+        DataError: an example was lost, repeated or used out of order.
+    """
+    from albert.checkpoint import list_steps
+    from albert.ledger_audit import audit_ledger
+    from albert.loss_spikes import read_skipped
+    from albert.sample_order import SampleOrder
+
+    run = Path(config.train.output_dir)
+    order = SampleOrder.of_dataset(config.data, read_manifest(config.data.directory), config.seed)
+    skipped = [(step.begin, step.end) for step in read_skipped(run / "checkpoints")]
+    steps = list_steps(run / "checkpoints")
+    report = audit_ledger(run / "ledger", order, skipped, steps[-1] if steps else None)
+    sys.stdout.write(f"{report}\n")
+
+
 def _train(
     config: RunConfig, placement: Placement, manifest: Manifest, world: World, stop: StopRequest
 ) -> None:
@@ -112,30 +144,28 @@ def _train(
     from albert.loader import BatchPlan, TrainLoader
     from albert.run_checkpoints import RunCheckpoints
     from albert.trainer import Trainer
+    from albert.watchdog import Watchdog
 
     train = config.train
     lock = _lock(config, world)
-    loader = TrainLoader(
-        config.data,
-        manifest,
-        BatchPlan(train.global_batch_size, train.micro_batch_size, world.rank, world.size, train.num_steps),
-        config.seed,
-    )
-    evaluator = _build_evaluator(config, manifest, world)
-    engine = _build_engine(config, placement, world)
-    checkpoints = RunCheckpoints(config, manifest, engine, world)
-    resumed = checkpoints.resume(_warn)
-    monitor = _start_monitor(config, resumed[0] if resumed else 0) if world.is_main else None
-    with monitor or contextlib.nullcontext():
-        trainer = Trainer(
-            config, engine, loader, world,
-            evaluator=evaluator, monitor=monitor, stop=stop, checkpoints=checkpoints,
-        )  # fmt: skip
-        if resumed:
-            trainer.step, trainer.position = resumed
-            if monitor:
-                monitor.event(trainer.step, f"resumed on {world.size} ranks")
-        is_finished = trainer.fit()
+    plan = BatchPlan(train.global_batch_size, train.micro_batch_size, world.rank, world.size, train.num_steps)
+    with Watchdog(world, _hang_timeout_s(config, world), train.peer_timeout_s) as watchdog:
+        loader = TrainLoader(config.data, manifest, plan, config.seed, names_examples=config.log.ledger)
+        evaluator = _build_evaluator(config, manifest, world)
+        engine = _build_engine(config, placement, world)
+        checkpoints = RunCheckpoints(config, manifest, engine, world)
+        state = checkpoints.resume(_warn)
+        monitor = _start_monitor(config, state.step if state else 0) if world.is_main else None
+        with monitor or contextlib.nullcontext():
+            trainer = Trainer(
+                config, engine, loader, evaluator=evaluator, monitor=monitor, stop=stop,
+                checkpoints=checkpoints, watchdog=watchdog,
+            )  # fmt: skip
+            if state:
+                trainer.go_on_from(state)
+                if monitor:
+                    monitor.event(state.step, f"resumed on {world.size} ranks")
+            is_finished = trainer.fit()
     if not is_finished:
         reason = stop.signal_name or (
             "train.stop_after_steps" if train.stop_after_steps else "a signal to another rank"
@@ -179,9 +209,21 @@ def _build_engine(config: RunConfig, placement: Placement, world: World) -> Engi
 
     model = AlbertForPreTraining(config.model, seed=config.seed)
     model.activation_checkpointing = config.train.activation_checkpointing
-    if config.train.compile == "on" or (config.train.compile == "auto" and world.device.type == "cuda"):
+    if _compiles(config, world):
         model.compile_layers()
     return Engine(model, config.optimizer, placement, world)
+
+
+def _compiles(config: RunConfig, world: World) -> bool:
+    switch = config.train.compile
+    return switch == "on" or (switch == "auto" and world.device.type == "cuda")
+
+
+def _hang_timeout_s(config: RunConfig, world: World) -> float:
+    timeout_s = config.train.hang_timeout_s
+    if timeout_s == "auto":
+        return _COMPILING_HANG_TIMEOUT_S if _compiles(config, world) else _HANG_TIMEOUT_S
+    return timeout_s
 
 
 def _start_monitor(config: RunConfig, first_step: int) -> Monitor:

@@ -24,9 +24,11 @@ _FREE_KEYS = {
     "train.activation_checkpointing",
     "train.compile",
     "train.device",
+    "train.hang_timeout_s",
     "train.micro_batch_size",
     "train.output_dir",
     "train.peer_timeout_s",
+    "train.replica_check_interval_steps",
     "train.stop_after_steps",
     "train.max_nonfinite_steps",
 }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from albert import checkpoint
 from albert.config import RunConfig
-from albert.distributed import World
+from albert.distributed import World, barrier, min_over_ranks
 from albert.engine import Engine
-from albert.errors import ConfigError, MissingInputError
+from albert.errors import ConfigError, DataError, MissingInputError
+from albert.ledger import Ledger
+from albert.loss_spikes import SkippedStep, read_skipped, write_skipped
 from albert.model_config import model_config_bytes
 from albert.resuming import check_resumable
 from albert.shards import Manifest, dataset_tokenizer
@@ -23,14 +26,33 @@ class RunCheckpoints:
         self.directory = Path(config.train.output_dir) / "checkpoints"
         self._config, self._manifest, self._engine, self._world = config, manifest, engine, world
         self._save: checkpoint.Save | None = None
+        self.skipped: list[SkippedStep] = []
+        """Steps whose examples the run leaves out."""
+        self.ledger: Ledger | None = None
+        """Where `log.ledger` asks for one, from `resume` on."""
+
+    @property
+    def skipped_ranges(self) -> list[tuple[int, int]]:
+        """Positions that the run leaves out, ascending."""
+        return [(step.begin, step.end) for step in self.skipped]
+
+    @property
+    def num_rewinds(self) -> int:
+        """How often the run went back because of a loss spike."""
+        return max((step.rewind for step in self.skipped), default=0)
 
     @property
     def is_written(self) -> bool:
         """True when this rank has nothing left to write for the save that is under way, if any."""
         return self._save is not None and self._save.is_written
 
-    def begin(self, step: int, position: int) -> None:
+    def begin(self, step: int, position: int, recent_losses: list[float]) -> None:
         """Take the state now; a thread writes it while the training goes on. Collective.
+
+        Args:
+            step: optimizer steps done.
+            position: positions consumed.
+            recent_losses: of the loss-spike detector.
 
         Raises:
             DiskError: there is no space; older checkpoints are untouched.
@@ -44,7 +66,11 @@ class RunCheckpoints:
             dataset_sha256=self._manifest.sha256,
             tokenizer_sha256=self._manifest.tokenizer.sha256,
             world_size=self._world.size,
+            recent_losses=recent_losses,
+            skipped=[(begin, end) for begin, end in self.skipped_ranges if begin < position],
         )
+        if self.ledger:
+            self.ledger.sync()
         tensors, shapes = self._engine.gather_state(), self._engine.named_shapes()
         self._save = checkpoint.Save(self.directory, state, tensors, shapes, self._world)
 
@@ -66,11 +92,32 @@ class RunCheckpoints:
         keep = self._config.checkpoint
         return save.commit(extra_files, keep.keep_last, keep.keep_every)
 
-    def resume(self, warn: Callable[[str], None]) -> tuple[int, int] | None:
+    def rewind(self, spikes: Sequence[SkippedStep]) -> checkpoint.TrainingState | None:
+        """Go back to the newest checkpoint before some steps and leave out their examples from then on. Collective.
+
+        Returns:
+            The state to go on from; None, with nothing changed, where no checkpoint is old enough.
+        """
+        barrier()
+        first_step = min(spike.step for spike in spikes)
+        steps = [step for step in checkpoint.list_steps(self.directory) if step < first_step]
+        if not min_over_ranks(len(steps)):
+            return None
+        number = self.num_rewinds + 1
+        self.skipped += [spike.model_copy(update={"rewind": number}) for spike in spikes]
+        self.skipped.sort(key=lambda spike: spike.begin)
+        if self._world.is_main:
+            write_skipped(self.directory, self.skipped)
+        state = self._load(lambda _: None)
+        if self.ledger and state:
+            self.ledger.rewind(state.step)
+        return state
+
+    def resume(self, warn: Callable[[str], None]) -> checkpoint.TrainingState | None:
         """Load the newest checkpoint that verifies into the engine. Collective.
 
         Returns:
-            (step, position) to go on from, or None to start.
+            The state to go on from, or None to start.
 
         Raises:
             ConfigError: the run differs from the checkpoint, or `checkpoint.resume` forbids going on.
@@ -86,6 +133,17 @@ class RunCheckpoints:
             )
         if mode == "required" and not steps:
             raise MissingInputError(f"{self.directory}: no checkpoint, and checkpoint.resume is required")
+        self.skipped = read_skipped(self.directory)
+        state = self._load(warn)
+        if self._config.log.ledger:
+            step, position = (state.step, state.position) if state else (0, 0)
+            self.ledger = Ledger(self.directory.parent, self._world, step, position)
+        return state
+
+    def _load(self, warn: Callable[[str], None]) -> checkpoint.TrainingState | None:
+        """Load the newest checkpoint that verifies and has left out what is to be left out."""
+        if self._world.is_main:
+            checkpoint.remove_steps(self.directory, self._steps_with_skipped_examples())
         checkpoint.remove_leftovers(self.directory, self._world)
         loaded = checkpoint.load_newest(self.directory, warn)
         if loaded is None:
@@ -99,4 +157,14 @@ class RunCheckpoints:
         check_resumable(state.run_config, self._config, hashes, where)
         self._engine.load_state(parts, state.optimizer_steps)
         self._engine.load_loss_scaler_state(state.loss_scaler)
-        return state.step, state.position
+        return state
+
+    def _steps_with_skipped_examples(self) -> Iterator[int]:
+        if not self.skipped:
+            return
+        for step in checkpoint.list_steps(self.directory):
+            with contextlib.suppress(DataError, MissingInputError):  # `load_newest` says so
+                state = checkpoint.read_manifest(checkpoint.step_directory(self.directory, step)).state
+                wanted = {(begin, end) for begin, end in self.skipped_ranges if begin < state.position}
+                if wanted - set(state.skipped):
+                    yield step

@@ -19,11 +19,17 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from albert.config import DataConfig
 from albert.errors import ConfigError
+from albert.shards import Manifest
 
 _AUTO_LANES = (960, 480, 240, 120, 60, 24, 12, 6, 4, 2, 1)
 _MIN_BLOCKS_PER_LANE = 16
+_NEVER = 2**62
 _PERMUTATION, _WINDOW = 0, 1
+
+Ranges = Sequence[tuple[int, int]]
+"""(begin, end) of positions, the end not included."""
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -76,6 +82,17 @@ class SampleOrder:
         self._permutations: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int, int], NDArray[np.int64]] = OrderedDict()
         self._window_starts: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
+
+    @staticmethod
+    def of_dataset(config: DataConfig, manifest: Manifest, seed: int) -> SampleOrder:
+        """The order in which a run uses the train split.
+
+        Raises:
+            ConfigError: the dataset has no training examples, or fewer blocks than lanes.
+        """
+        sizes = [entry.examples for shard in manifest.split("train") for entry in shard.blocks]
+        lanes = choose_num_lanes(len(sizes)) if config.num_lanes == "auto" else config.num_lanes
+        return SampleOrder(sizes, seed=seed, num_lanes=lanes, window_blocks=config.window_blocks)
 
     def locate(self, position: int) -> Place:
         """Where the example at a global position lies."""
@@ -149,7 +166,28 @@ def _cached(cache: OrderedDict[_Key, _Value], key: _Key, capacity: int, make: Ca
     return cache[key]
 
 
-def rank_positions(start: int, global_batch_size: int, rank: int, world_size: int) -> range:
-    """Positions of one step that belong to a rank: those k in [start, start + B) with k mod W = rank."""
-    first = start + (rank - start) % world_size
-    return range(first, start + global_batch_size, world_size)
+def step_positions(start: int, count: int, skipped: Ranges = ()) -> NDArray[np.int64]:
+    """The next positions of the run.
+
+    Args:
+        start: where the step before ended.
+        count: positions of the step, B.
+        skipped: (begin, end) ranges, ascending and disjoint, that no step uses.
+
+    Returns:
+        [count] ascending; the next step starts after the last of them.
+    """
+    pieces = []
+    for begin, end in (*skipped, (_NEVER, _NEVER)):
+        free = min(count, max(0, begin - start))
+        pieces.append(np.arange(start, start + free, dtype=np.int64))
+        count -= free
+        if not count:
+            break
+        start = max(start, end)
+    return np.concatenate(pieces)
+
+
+def rank_share(positions: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
+    """Positions of one step that belong to a rank: those k with k mod W = rank, as long as none was skipped."""
+    return positions[(rank - int(positions[0])) % world_size :: world_size]

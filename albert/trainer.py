@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,63 +13,27 @@ import torch
 from torch import Tensor
 
 from albert.batches import PretrainBatch
+from albert.checkpoint import TrainingState
 from albert.config import RunConfig
-from albert.distributed import World, sum_over_ranks
+from albert.distributed import sum_over_ranks
 from albert.engine import Engine
 from albert.errors import NonFiniteError
 from albert.evaluation import Evaluator
-from albert.flops import step_flops
 from albert.loader import TrainLoader
+from albert.loss_spikes import SkippedStep, SpikeDetector
 from albert.monitoring import Monitor, measure_matmul_flops_per_s
+from albert.nonfinite import first_bad_tensors
 from albert.optim.schedules import learning_rate
 from albert.probes import Probes
+from albert.replicas import check_replicas
 from albert.run_checkpoints import RunCheckpoints
-from albert.shards import NO_SENTENCE_ORDER
+from albert.sample_order import step_positions
+from albert.step_log import BatchCounts, Interval, count_batch
 from albert.stopping import StopRequest
+from albert.watchdog import Watchdog
 
 _DROPOUT_STREAM = 2
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class BatchCounts:
-    """Sums over the global batch of a step."""
-
-    preds: float
-    orders: float
-    tokens: float
-    squared_lengths: float
-    sequences: float
-    stop_requests: float
-    saves_written: float
-    """Ranks that have written their part of the checkpoint that is under way."""
-
-
-def count_batch(
-    micro_batches: list[PretrainBatch], *, stop_requested: bool = False, save_written: bool = False
-) -> BatchCounts:
-    """Count on the host and sum over the ranks; also how the ranks agree to stop and to commit. Collective."""
-    local = torch.zeros(7, dtype=torch.float64)
-    for batch in micro_batches:
-        lengths = batch.sequences.lengths
-        orders = int((batch.sentence_order_labels != NO_SENTENCE_ORDER).sum())
-        squares = sum(length * length for length in lengths)
-        preds = batch.masked_lm_labels.numel()
-        local[:5] += torch.tensor([preds, orders, sum(lengths), squares, len(lengths)], dtype=torch.float64)
-    local[5:] = torch.tensor([stop_requested, save_written])
-    return BatchCounts(*sum_over_ranks(local).tolist())
-
-
-@dataclass
-class _Interval:
-    """What has been summed up since the last line of metrics."""
-
-    began_at: float = field(default_factory=time.perf_counter)
-    waited_s: float = 0.0
-    tokens: float = 0.0
-    flops: float = 0.0
-    num_steps: int = 0
-    losses: list[Tensor] = field(default_factory=list)
 
 
 class Trainer:
@@ -80,12 +44,12 @@ class Trainer:
         config: RunConfig,
         engine: Engine,
         loader: TrainLoader,
-        world: World,
         *,
         evaluator: Evaluator | None,
         monitor: Monitor | None,
         stop: StopRequest,
         checkpoints: RunCheckpoints,
+        watchdog: Watchdog,
     ) -> None:
         """Put the parts together.
 
@@ -93,23 +57,31 @@ class Trainer:
             config: of the run.
             engine: model and optimizer.
             loader: of this rank's micro-batches.
-            world: the ranks.
             evaluator: None for no evaluation.
             monitor: on the main rank, None on the others.
             stop: set by signals.
             checkpoints: saves the run.
+            watchdog: is told what goes on.
         """
-        self.config, self.engine, self.loader, self.world = config, engine, loader, world
+        self.config, self.engine, self.loader, self.world = config, engine, loader, engine.world
         self.evaluator, self.monitor, self.stop = evaluator, monitor, stop
+        self.checkpoints, self.watchdog = checkpoints, watchdog
         self.step, self.position = 0, 0
         self._matmul_flops_per_s = measure_matmul_flops_per_s(engine.device, _DTYPES[config.train.precision])
-        self._checkpoints = checkpoints
         self._probes = Probes(config.probe, Path(config.train.output_dir), monitor)
         self._nonfinite_in_a_row = 0
-        self._interval = _Interval()
+        self._interval = Interval()
+        self._spikes = SpikeDetector(config.spikes)
+        self._found: list[SkippedStep] = []
+        self._probes = Probes(config.probe, Path(config.train.output_dir), monitor)
         self._saved_step = -1
         model = config.model
         self._has_dropout = model.hidden_dropout_prob > 0 or model.attention_probs_dropout_prob > 0
+
+    def go_on_from(self, state: TrainingState) -> None:
+        """Take over what a checkpoint knows besides the engine's tensors."""
+        self.step, self.position = state.step, state.position
+        self._spikes = SpikeDetector(self.config.spikes, state.recent_losses)
 
     def fit(self) -> bool:
         """Train until the last step or until asked to stop; the checkpoint is committed in both cases.
@@ -119,30 +91,45 @@ class Trainer:
 
         Raises:
             NonFiniteError: too many non-finite steps in a row.
+            PeerLostError: a rank holds other weights than the others.
         """
         train = self.config.train
         last_step = min(train.num_steps, train.stop_after_steps or train.num_steps)
         if self.step == 0:
             self._evaluate()
-        self._interval = _Interval()
+        self._interval = Interval()
         should_stop = False
-        steps_of_rank = self.loader.steps(self.step, self.position)
-        with contextlib.closing(steps_of_rank) as steps, contextlib.closing(self._probes):
-            while self.step < last_step and not should_stop:
-                should_stop = self._fetch_and_train(steps)
-        if self._saved_step != self.step:
-            self._save()
+        while self.step < last_step and not should_stop:
+            should_stop = self._train_until(last_step)
+            if (should_stop or self.step >= last_step) and self._saved_step != self.step:
+                self._save()
+        self._probes.close()
         self._finish_save()
         return self.step == train.num_steps
+
+    def _train_until(self, last_step: int) -> bool:
+        """Steps in a row, ended by the last one, a stop request (returns True) or a rewind."""
+        num_skipped = len(self.checkpoints.skipped)
+        ranges = self.checkpoints.skipped_ranges
+        with contextlib.closing(self.loader.steps(self.step, self.position, ranges)) as steps:
+            while self.step < last_step and len(self.checkpoints.skipped) == num_skipped:
+                if self._fetch_and_train(steps):
+                    return True
+        return False
 
     def _fetch_and_train(self, steps: Iterator[list[PretrainBatch]]) -> bool:
         """One step with all that is due after it; returns whether any rank was asked to stop."""
         began_at = time.perf_counter()
+        self.watchdog.enter("data", self.step)
         micro_batches = next(steps)
         self._interval.waited_s += time.perf_counter() - began_at
         counts = self.train_step(micro_batches)
+        if self._answer_spikes():
+            return counts.stop_requests > 0
         if counts.saves_written == self.world.size:
             self._finish_save()
+        if self._is_due(self.config.train.replica_check_interval_steps):
+            check_replicas(self.engine.model, self.world, self.step)
         if self._is_due(self.config.eval.interval_steps) or self.step == self.config.train.num_steps:
             self._evaluate()
         if self._is_due(self.config.checkpoint.interval_steps):
@@ -152,31 +139,51 @@ class Trainer:
     def train_step(self, micro_batches: list[PretrainBatch]) -> BatchCounts:
         """One optimizer step; returns what the ranks counted and agreed on at its beginning."""
         train = self.config.train
+        self.watchdog.enter("count", self.step)
         counts = count_batch(
-            micro_batches, stop_requested=self.stop.is_set, save_written=self._checkpoints.is_written
+            micro_batches, stop_requested=self.stop.is_set, save_written=self.checkpoints.is_written
         )
         is_logging = (self.step + 1) % self.config.log.interval_steps == 0 or self.step + 1 == train.num_steps
         rate = learning_rate(
             self.config.schedule, self.config.optimizer.learning_rate, train.num_steps, self.step
         )
+        self.watchdog.enter("forward_backward", self.step)
         sums = torch.zeros(4, device=self.engine.device)
         for index, batch in enumerate(micro_batches):
-            self._seed_dropout(index)
-            output = self.engine.forward(batch.to(self.engine.device), with_accuracy=is_logging)
-            loss = output.mlm_loss_sum / counts.preds + output.sop_loss_sum / max(counts.orders, 1.0)
+            loss, values = self._forward(index, batch, counts, with_accuracy=is_logging)
             self.engine.backward(loss)
-            values = [value.detach().float() for value in output if value is not None]
-            sums[: len(values)] += torch.stack(values)
+            sums[: len(values)] += values
+        self.watchdog.enter("update", self.step)
         result = self.engine.step(rate)
-        self.step += 1
-        self.position += train.global_batch_size
-        self._check_finite(result.applied, result.grad_norm)
-        self._add_to_interval(sums, counts)
+        self._advance(micro_batches)
+        if result.applied:
+            self._nonfinite_in_a_row = 0
+        else:
+            self._report_nonfinite(micro_batches, counts, result.grad_norm)
+        self._interval.add(self.config.model, sums, counts)
         if is_logging:
             self._log(sums, counts, rate, result.grad_norm)
+        return counts
+
+    def _advance(self, micro_batches: Sequence[PretrainBatch]) -> None:
+        positions = step_positions(
+            self.position, self.config.train.global_batch_size, self.checkpoints.skipped_ranges
+        )
+        self.step, self.position = self.step + 1, int(positions[-1]) + 1
+        self._spikes.expect(self.step, int(positions[0]), self.position)
+        if self.checkpoints.ledger:
+            self.checkpoints.ledger.record(self.step, micro_batches)
         if self.monitor:
             self.monitor.advance(self.step)
-        return counts
+
+    def _forward(
+        self, index: int, batch: PretrainBatch, counts: BatchCounts, *, with_accuracy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's share of the step's loss for one micro-batch, and the sums behind it."""
+        self._seed_dropout(index)
+        output = self.engine.forward(batch.to(self.engine.device), with_accuracy=with_accuracy)
+        loss = output.mlm_loss_sum / counts.preds + output.sop_loss_sum / max(counts.orders, 1.0)
+        return loss, torch.stack([value.detach().float() for value in output if value is not None])
 
     def _seed_dropout(self, micro_batch: int) -> None:
         """Dropout is a function of (seed, step, rank, micro-batch), so there is no generator state to save."""
@@ -184,45 +191,41 @@ class Trainer:
             key = [self.config.seed, _DROPOUT_STREAM, self.step, self.world.rank, micro_batch]
             torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
-    def _check_finite(self, applied: bool, grad_norm: float) -> None:
-        """Count steps whose update was dropped; all ranks see the same gradient norm and agree."""
-        if applied:
-            self._nonfinite_in_a_row = 0
-            return
+    def _report_nonfinite(
+        self, micro_batches: Sequence[PretrainBatch], counts: BatchCounts, grad_norm: float
+    ) -> None:
+        """Say which update was dropped and why; all ranks see the same gradient norm and agree."""
         self._nonfinite_in_a_row += 1
         limit = self.config.train.max_nonfinite_steps
-        if self.monitor:
-            self.monitor.event(
-                self.step, f"update dropped: gradient norm {grad_norm}", first_position=self.position
-            )
+        begin, end = self._spikes.newest
+        what = f"update dropped: gradient norm {grad_norm}"
         # fp16 drops updates while it searches for a loss scale: that is no divergence until the scale is at its end.
-        if self._nonfinite_in_a_row >= limit and self.engine.loss_scale <= 1.0:
+        is_search = self.engine.loss_scale > 1.0
+        if is_search:
+            what += f" at loss scale {self.engine.loss_scale:g}"
+        else:
+            self.step -= 1  # dropout is drawn from the number of the step
+            losses = [
+                partial(lambda i, b: self._forward(i, b, counts, with_accuracy=False)[0], index, batch)
+                for index, batch in enumerate(micro_batches)
+            ]
+            bad = first_bad_tensors(self.engine, losses)
+            self.step += 1
+            what += "".join(f"; first bad tensor on rank {rank}: {name}" for rank, name in bad.items())
+        if self.monitor:
+            self.monitor.event(self.step, what, positions=[begin, end])
+        if self._nonfinite_in_a_row >= limit and not is_search:
             raise NonFiniteError(
-                f"step {self.step}: loss or gradient was not finite {limit} times in a row; lower "
+                f"step {self.step}: loss or gradient was not finite {limit} times in a row ({what}); lower "
                 "optimizer.learning_rate or go on from an earlier checkpoint"
             )
-
-    def _add_to_interval(self, sums: Tensor, counts: BatchCounts) -> None:
-        interval = self._interval
-        interval.losses.append(
-            sums[:2] / torch.tensor([counts.preds, max(counts.orders, 1.0)]).to(sums.device)
-        )
-        interval.tokens += counts.tokens
-        interval.num_steps += 1
-        interval.flops += step_flops(
-            self.config.model,
-            tokens=int(counts.tokens),
-            sum_squared_lengths=int(counts.squared_lengths),
-            sequences=int(counts.sequences),
-            preds=int(counts.preds),
-        )
 
     def _log(self, sums: Tensor, counts: BatchCounts, rate: float, grad_norm: float) -> None:
         """Losses are means over the interval, accuracies those of the last step."""
         interval = self._interval
-        losses = torch.stack(interval.losses).mean(0)
-        reduced = sum_over_ranks(torch.cat([losses, sums[2:]]).double().cpu())
-        mlm_loss, sop_loss, mlm_correct, sop_correct = reduced.tolist()
+        self._found += self._spikes.observe(interval.reduce_losses())
+        mlm_loss, sop_loss = interval.mean_losses()
+        mlm_correct, sop_correct = sum_over_ranks(sums[2:].double().cpu()).tolist()
         elapsed_s = time.perf_counter() - interval.began_at
         ceiling = self._matmul_flops_per_s * self.world.size * elapsed_s
         if self.monitor:
@@ -243,7 +246,33 @@ class Trainer:
             }
             self.monitor.record("train", self.step, values)
             self._probes.poll()
-        self._interval = _Interval()
+            self._probes.poll()
+        self._interval = Interval()
+
+    def _answer_spikes(self) -> bool:
+        """Report the spikes that were found; True if the run went back to before them. Collective."""
+        found, self._found = self._found, []
+        if not found:
+            return False
+        what = ", ".join(f"{spike.loss:.3f} at step {spike.step}" for spike in found)
+        from_step, spikes = self.step, self.config.spikes
+        state = None
+        if spikes.action == "rewind" and self.checkpoints.num_rewinds < spikes.max_rewinds:
+            self._finish_save()
+            self.watchdog.enter("rewind", self.step)
+            state = self.checkpoints.rewind(found)
+        if state is None:
+            if self.monitor:
+                self.monitor.event(self.step, f"loss spike: {what}")
+            return False
+        self.go_on_from(state)
+        self._saved_step, self._interval = self.step, Interval()
+        if self.monitor:
+            self.monitor.rewind(self.step)
+            ranges = [[spike.begin, spike.end] for spike in found]
+            text = f"went back from step {from_step} because of a loss spike: {what}"
+            self.monitor.event(self.step, text, positions_left_out=ranges)
+        return True
 
     def _is_due(self, interval_steps: int) -> bool:
         return interval_steps > 0 and self.step % interval_steps == 0
@@ -251,19 +280,25 @@ class Trainer:
     def _evaluate(self) -> None:
         if self.evaluator is None:
             return
-        metrics = self.evaluator.evaluate(self.engine)
+        metrics = self.evaluator.evaluate(self.engine, lambda: self.watchdog.enter("evaluate", self.step))
         if self.monitor:
             self.monitor.record("eval", self.step, metrics)
 
     def _save(self) -> None:
+        """Save the state after this step, unless its losses make the run go back instead."""
         self._finish_save()
-        self._checkpoints.begin(self.step, self.position)
+        self._found += self._spikes.observe(self._interval.reduce_losses())
+        if self._answer_spikes():
+            return
+        self.watchdog.enter("save", self.step)
+        self.checkpoints.begin(self.step, self.position, self._spikes.losses)
         self._saved_step = self.step
         if not self.config.checkpoint.asynchronous:
             self._finish_save()
 
     def _finish_save(self) -> None:
-        path = self._checkpoints.finish()
+        self.watchdog.enter("commit", self.step)
+        path = self.checkpoints.finish()
         if path and self.monitor:
             self.monitor.event(self.step, f"checkpoint committed: {path}")
             self._probes.begin(self._saved_step, path)

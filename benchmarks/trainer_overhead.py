@@ -30,6 +30,7 @@ from albert.run_checkpoints import RunCheckpoints
 from albert.shards import Manifest
 from albert.stopping import StopRequest
 from albert.trainer import Trainer
+from albert.watchdog import Watchdog
 from benchmarks.figure import print_figure
 from benchmarks.loader import VOCAB_SIZE, write_dataset
 
@@ -47,16 +48,16 @@ def _config(directory: str, num_ranks: int, num_steps: int) -> RunConfig:
     return load_run_config("base", overrides)
 
 
-def _build_trainer(config: RunConfig, manifest: Manifest, world: World) -> Trainer:
+def _build_trainer(config: RunConfig, manifest: Manifest, world: World, watchdog: Watchdog) -> Trainer:
     train = config.train
     plan = BatchPlan(train.global_batch_size, train.micro_batch_size, world.rank, world.size, train.num_steps)
     model = AlbertForPreTraining(config.model)
     engine = Engine(model, config.optimizer, build_deepspeed_config(config, world.size), world)
     monitor = Monitor(Path(train.output_dir), config.log, 0, train.num_steps) if world.is_main else None
     return Trainer(
-        config, engine, TrainLoader(config.data, manifest, plan, 0), world,
+        config, engine, TrainLoader(config.data, manifest, plan, 0),
         evaluator=None, monitor=monitor, stop=StopRequest(),
-        checkpoints=RunCheckpoints(config, manifest, engine, world),
+        checkpoints=RunCheckpoints(config, manifest, engine, world), watchdog=watchdog,
     )  # fmt: skip
 
 
@@ -70,25 +71,26 @@ def _measure(
     num_steps = (options.rounds + 1) * options.steps
     config = _config(directory, options.ranks, num_steps)
     Path(config.train.output_dir).mkdir(exist_ok=True)
-    trainer = _build_trainer(config, manifest, world)
-    steps = trainer.loader.steps(0, 0)
-    batch = next(trainer.loader.steps(0, 0))[0]
-    bare = AlbertForPreTraining(config.model)
-    ratios = []
-    for _ in range(options.rounds + 1):
-        seconds: dict[str, float] = {}
-        for name in ("whole", "bare"):
-            barrier()
-            begin = time.perf_counter()
-            for _ in range(options.steps):
-                if name == "whole":
-                    trainer.train_step(next(steps))
-                else:
-                    output: Any = bare(batch)
-                    (output.mlm_loss_sum + output.sop_loss_sum).backward()
-                    bare.zero_grad(set_to_none=True)
-            seconds[name] = time.perf_counter() - begin
-        ratios.append(seconds["bare"] / seconds["whole"])
+    with Watchdog(world, hang_timeout_s=10.0, slow_timeout_s=600.0) as watchdog:
+        trainer = _build_trainer(config, manifest, world, watchdog)
+        steps = trainer.loader.steps(0, 0)
+        batch = next(trainer.loader.steps(0, 0))[0]
+        bare = AlbertForPreTraining(config.model)
+        ratios = []
+        for _ in range(options.rounds + 1):
+            seconds: dict[str, float] = {}
+            for name in ("whole", "bare"):
+                barrier()
+                begin = time.perf_counter()
+                for _ in range(options.steps):
+                    if name == "whole":
+                        trainer.train_step(next(steps))
+                    else:
+                        output: Any = bare(batch)
+                        (output.mlm_loss_sum + output.sop_loss_sum).backward()
+                        bare.zero_grad(set_to_none=True)
+                seconds[name] = time.perf_counter() - begin
+            ratios.append(seconds["bare"] / seconds["whole"])
     close_world()
     return ratios[1:]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from albert.errors import ConfigError
-from albert.sample_order import Place, SampleOrder, choose_num_lanes, rank_positions
+from albert.sample_order import Place, SampleOrder, choose_num_lanes, rank_share, step_positions
 
 SIZES = [7, 5, 7, 7, 3, 7, 7, 1, 7, 7, 7, 2, 7]
 
@@ -53,7 +53,8 @@ def test_consecutive_epochs_of_a_lane_differ():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12])
 @pytest.mark.parametrize("start", [0, 48, 53])
 def test_ranks_share_a_step_without_gap_or_overlap(world_size, start):
-    parts = [rank_positions(start, 48, rank, world_size) for rank in range(world_size)]
+    positions = step_positions(start, 48)
+    parts = [rank_share(positions, rank, world_size).tolist() for rank in range(world_size)]
     assert sorted(k for part in parts for k in part) == list(range(start, start + 48))
     assert {len(part) for part in parts} == {48 // world_size}
     assert all(k % world_size == rank for rank, part in enumerate(parts) for k in part)
@@ -82,7 +83,10 @@ def test_thousand_schedules_of_kills_and_resizes_lose_and_repeat_nothing():
             reached = min(total, step + int(generator.integers(1, 8)))
             for at in range(step, reached):
                 for rank in range(world_size):
-                    done |= {k: order.locate(k) for k in rank_positions(at * batch, batch, rank, world_size)}
+                    done |= {
+                        k: order.locate(k)
+                        for k in rank_share(step_positions(at * batch, batch), rank, world_size)
+                    }
             step = reached if reached == total else int(generator.integers(step, reached + 1))
         assert [done[k] for k in range(total * batch)] == expected
 
