@@ -6,6 +6,7 @@ as a whole (a fine-tuned model has no masked-language head).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -28,6 +29,16 @@ from albert.model_config import ModelConfig
 
 _LISTED_NAMES = 12
 """Names per kind of difference that an error lists."""
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and contents."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data if tensor.dim() else tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], where: str) -> list[str]:

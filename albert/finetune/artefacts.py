@@ -13,9 +13,14 @@ from albert.finetune.task_definition import Task
 RESULTS_NAME = "results.json"
 
 
+def predictions_path(output: Path, split: str) -> Path:
+    """Where the predictions of a split are."""
+    return output / f"predictions-{split}.jsonl"
+
+
 def write_predictions(output: Path, split: str, predictions: Sequence[Mapping[str, Any]]) -> Path:
     """predictions-SPLIT.jsonl: one object per example, in the order of the file."""
-    path = output / f"predictions-{split}.jsonl"
+    path = predictions_path(output, split)
     lines = (json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
     write_file_durably(path, (line.encode() for line in lines))
     return path
@@ -49,15 +54,17 @@ def _clue_text(predictions: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def read_results(output: Path) -> dict[str, Any]:
+    """Content of results.json; empty where there is none, or one that is no JSON."""
+    try:
+        return dict(json.loads((output / RESULTS_NAME).read_bytes()))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
 def update_results(output: Path, values: Mapping[str, Any]) -> Path:
     """Merge values into results.json, so that a later --do-test adds to what --do-train wrote."""
-    path = output / RESULTS_NAME
-    old: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            old = json.loads(path.read_bytes())
-        except ValueError:
-            old = {}  # torn by a crash of an older version; what is merged now is still true
+    path, old = output / RESULTS_NAME, read_results(output)
     merged = {**old, **values}
     for key in ("splits", "data"):
         merged[key] = {**old.get(key, {}), **values.get(key, {})}

@@ -49,6 +49,10 @@ _SETTINGS: dict[str, tuple[type, str]] = {
     "dropout": (float, "dropout of hidden states and attention (default: the model's)"),
     "classifier_dropout": (float, "dropout before the head (default: the model's, 0.1)"),
     "eval_interval_steps": (int, "steps between evaluations on dev (default: once per epoch)"),
+    "checkpoint_interval_steps": (
+        int,
+        "steps between checkpoints to go on from (default: at every evaluation; 0: only when stopped)",
+    ),
     "early_stopping": (int, "stop after so many evaluations without a better one"),
     "seed": (int, "initial head, order and dropout"),
     "log_interval_steps": (int, "steps between lines of metrics"),

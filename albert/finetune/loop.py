@@ -16,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from albert.distributed import World, gather_rows, max_over_ranks, sum_over_ranks
+from albert.distributed import World, gather_rows, sum_over_ranks
 from albert.engine import WEIGHTS, Engine
 from albert.errors import NonFiniteError
 from albert.finetune.batching import BatchOrder, evaluation_batches
+from albert.finetune.progress import Progress
+from albert.finetune.resume import TuningCheckpoints
 from albert.finetune.settings import FinetuneSettings
 from albert.finetune.task_data import TaskData
 from albert.finetune.task_model import loss_sum
@@ -29,21 +31,6 @@ from albert.stopping import StopRequest
 
 _DROPOUT_STREAM = 12
 _MAX_NONFINITE_STEPS = 3
-
-
-@dataclass
-class Progress:
-    """How far the run is, and the best evaluation so far."""
-
-    step: int = 0
-    best_step: int = 0
-    best_score: float = -math.inf
-    best_metrics: dict[str, float] = field(default_factory=dict)
-    best_rows: NDArray[np.float32] | None = None
-    evaluations_since_best: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    """Metrics of every evaluation, with `step`."""
-    stopped_early: bool = False
 
 
 @dataclass
@@ -70,6 +57,7 @@ class FineTuner:
         dev: TaskData | None,
         monitor: Monitor | None,
         stop: StopRequest,
+        checkpoints: TuningCheckpoints,
     ) -> None:
         """Put the parts together.
 
@@ -81,34 +69,45 @@ class FineTuner:
             dev: what chooses the best weights; None takes the last ones.
             monitor: on the main rank, None on the others.
             stop: set by signals.
+            checkpoints: saves the run.
         """
         self.settings, self.engine, self.world = settings, engine, world
         self.train, self.dev, self.monitor, self.stop = train, dev, monitor, stop
+        self.checkpoints = checkpoints
         num_units = len(train.lengths)
         self.num_steps = settings.num_steps(num_units)
         self.evaluation_interval = settings.steps_per_evaluation(num_units)
+        self.checkpoint_interval = settings.steps_per_checkpoint(num_units)
         self.micro_batch_size, _ = settings.micro_batches(world.size)
         self.order = BatchOrder(num_units, settings.batch_size, settings.seed)
         self.schedule = settings.schedule_config(self.num_steps)
         self.progress = Progress()
+        self.best: dict[str, Tensor] = {}
+        """Best weights so far, on every rank."""
+        self._saved_step = 0
         self._interval = _Interval()
         self._nonfinite_steps = 0
 
-    def fit(self, on_best: Callable[[Progress], None]) -> bool:
-        """Train to the last step, or until early stopping or a signal.
+    def go_on_from(self, progress: Progress, best: dict[str, Tensor]) -> None:
+        """Take over what a checkpoint knows besides the engine's state."""
+        self.progress, self.best, self._saved_step = progress, best, progress.step
+
+    def fit(self, on_best: Callable[[], None]) -> bool:
+        """Train to the last step, or until early stopping or a signal, which leaves a committed checkpoint.
 
         Args:
-            on_best: called on all ranks after every evaluation that is the best so far.
+            on_best: called on all ranks whenever there are new best weights.
 
         Returns:
             False where a signal stopped the run.
 
         Raises:
             NonFiniteError: loss or gradients were not finite several times in a row.
+            DiskError: a checkpoint could not be written.
         """
         progress = self.progress
         while progress.step < self.num_steps and not progress.stopped_early:
-            if max_over_ranks(int(self.stop.is_set)):
+            if self._agree_to_stop():
                 return False
             self.train_step()
             is_last = progress.step == self.num_steps
@@ -116,7 +115,23 @@ class FineTuner:
                 self._log()
             if is_last or progress.step % self.evaluation_interval == 0:
                 self._evaluate_and_compare(on_best)
+            if self.checkpoint_interval and progress.step % self.checkpoint_interval == 0 and not is_last:
+                self._save()
         return True
+
+    def _agree_to_stop(self) -> bool:
+        """Whether any rank got a signal; the state is committed then. Also commits what all ranks have written."""
+        flags = torch.tensor([self.stop.is_set, self.checkpoints.is_written], dtype=torch.int64)
+        num_stopped, num_written = sum_over_ranks(flags).tolist()
+        if num_stopped and self.progress.step and self._saved_step != self.progress.step:
+            self._save()
+        if num_stopped or num_written == self.world.size:
+            self.checkpoints.finish()
+        return num_stopped > 0
+
+    def _save(self) -> None:
+        self._saved_step = self.progress.step
+        self.checkpoints.begin(self.progress, self.best, self.progress.step * self.settings.batch_size)
 
     def train_step(self) -> float:
         """One optimizer step; returns the mean loss of the global batch."""
@@ -174,30 +189,38 @@ class FineTuner:
         self.monitor.record("train", self.progress.step, values)
         self.monitor.advance(self.progress.step)
 
-    def _evaluate_and_compare(self, on_best: Callable[[Progress], None]) -> None:
+    def _evaluate_and_compare(self, on_best: Callable[[], None]) -> None:
         progress = self.progress
         if self.dev is None:
             if progress.step == self.num_steps:
-                progress.best_step = progress.step
-                on_best(progress)
+                self._keep(on_best)
             return
+        began_at = time.perf_counter()
         rows = evaluate_rows(self.engine, self.dev, self.world, self.settings.eval_batch_size)
         metrics = self.dev.scores(rows)
         progress.history.append({"step": progress.step, **metrics})
         if self.monitor:
             self.monitor.record("eval", progress.step, metrics)
         score = metrics[self.settings.metric]
-        if score > progress.best_score:
-            progress.best_score, progress.best_step = score, progress.step
-            progress.best_metrics, progress.best_rows = metrics, rows
+        if progress.best_score is None or score > progress.best_score:
+            progress.best_score, progress.best_metrics = score, metrics
+            progress.best_answers = np.unique(rows.argmax(axis=1)).tolist()
             progress.evaluations_since_best = 0
-            on_best(progress)
+            self._keep(on_best)
         else:
             progress.evaluations_since_best += 1
             patience = self.settings.early_stopping
             progress.stopped_early = patience is not None and progress.evaluations_since_best >= patience
-        # The clock of the training throughput starts again behind the evaluation.
-        self._interval.began_at = time.perf_counter()
+        # The throughput is that of training.
+        self._interval.began_at += time.perf_counter() - began_at
+
+    def _keep(self, on_best: Callable[[], None]) -> None:
+        """Remember the present weights as the best ones."""
+        self.progress.best_step = self.progress.step
+        self.best = {
+            name: tensor.clone() for part, name, tensor in self.engine.gather_state() if part == WEIGHTS
+        }
+        on_best()
 
 
 def evaluate_rows(engine: Engine, data: TaskData, world: World, batch_size: int) -> NDArray[np.float32]:
@@ -213,8 +236,3 @@ def evaluate_rows(engine: Engine, data: TaskData, world: World, batch_size: int)
     rows = np.empty((len(data.lengths), data.row_width), dtype=np.float32)
     rows[gather_rows(indices).flatten().numpy()] = gathered.numpy()
     return rows
-
-
-def gather_weights(engine: Engine) -> dict[str, Tensor]:
-    """Full fp32 weights on every rank. Collective."""
-    return {name: tensor.clone() for part, name, tensor in engine.gather_state() if part == WEIGHTS}

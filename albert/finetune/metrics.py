@@ -51,7 +51,7 @@ def matthews(predicted: Labels, gold: Labels, num_labels: int) -> float:
     golds, guesses = table.sum(axis=1), table.sum(axis=0)
     covariance = hits * total - golds @ guesses
     norm = np.sqrt(total**2 - guesses @ guesses) * np.sqrt(total**2 - golds @ golds)
-    return float(covariance / norm) if norm else 0.0
+    return float(np.clip(covariance / norm, -1.0, 1.0)) if norm else 0.0
 
 
 def pearson(predicted: NDArray[Any], gold: NDArray[Any]) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +20,7 @@ from albert.finetune.task_definition import Task
 from albert.model_config import ModelConfig
 from albert.pretrained import load_pretrained
 from albert.tokenization import Tokenizer, load_tokenizer
+from albert.weights import hash_tensors
 
 _MAX_VOCAB_PADDING = 128
 """Embedding rows that some projects add to reach a round number."""
@@ -39,6 +42,20 @@ class Prepared:
     max_seq_length: int
     data: dict[str, TaskData]
     """By split."""
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the weights by name."""
+        return hash_tensors(self.weights)
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """Hash of the examples that are trained on or that choose the best weights."""
+        digest = hashlib.sha256()
+        for name in ("train", "dev"):
+            for example in self.data[name].split.examples if name in self.data else ():
+                digest.update(f"{name} {example!r}\n".encode())
+        return digest.hexdigest()
 
     def summary(self) -> dict[str, dict[str, int]]:
         """Sizes and notable counts of every split."""

@@ -41,6 +41,8 @@ class FinetuneSettings(BaseModel):
     reinit_pooler: bool = False
     eval_interval_steps: int | None = Field(default=None, ge=1)
     """Default: once per epoch."""
+    checkpoint_interval_steps: int | None = Field(default=None, ge=0)
+    """Default: at every evaluation; 0: only when a signal stops the run."""
     early_stopping: int | None = Field(default=None, ge=1)
     """Stop after this many evaluations without a better one."""
     metric: str
@@ -70,6 +72,12 @@ class FinetuneSettings(BaseModel):
     def steps_per_evaluation(self, num_units: int) -> int:
         """Optimizer steps between two evaluations."""
         return self.eval_interval_steps or max(1, round(num_units / self.batch_size))
+
+    def steps_per_checkpoint(self, num_units: int) -> int:
+        """Optimizer steps between two checkpoints; 0 for none."""
+        if self.checkpoint_interval_steps is None:
+            return self.steps_per_evaluation(num_units)
+        return self.checkpoint_interval_steps
 
     def schedule_config(self, num_steps: int) -> ScheduleConfig:
         """Warm-up and decay over `num_steps`.

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from albert.distributed import World
+from albert.distributed import World, min_over_ranks
 from albert.durable_files import write_file_durably
+from albert.finetune.artefacts import predictions_path
 from albert.finetune.preparation import Prepared
 from albert.finetune.request import Request
+from albert.finetune.resume import finished_results, identify
 from albert.finetune.run import run_once
 from albert.finetune.settings import FinetuneSettings
 from albert.stopping import StopRequest
@@ -35,7 +37,8 @@ def run_sweep(
         for seed in range(settings.seed, settings.seed + request.num_seeds):
             changed = settings.model_copy(update={"learning_rate": rate, "seed": seed})
             directory = output / f"lr-{rate:g}" / f"seed-{seed}"
-            results = run_once(prepared, request, changed, directory, world, stop)
+            results = _finished_run(prepared, request, changed, directory)
+            results = results or run_once(prepared, request, changed, directory, world, stop)
             runs.append(_run_entry(rate, seed, directory, results))
             gc.collect()  # the engine's buffers, before the next one is built
     summary = {
@@ -51,6 +54,17 @@ def run_sweep(
         write_file_durably(output / "sweep.md", [table.encode()])
         sys.stderr.write(f"\n{table}\nwritten: {output / SWEEP_NAME}, sweep.md\n")
     return summary
+
+
+def _finished_run(
+    prepared: Prepared, request: Request, settings: FinetuneSettings, directory: Path
+) -> dict[str, Any] | None:
+    """Results of a run that an earlier call of the same command finished; None if it has to be done."""
+    results = finished_results(directory, identify(prepared, settings))
+    splits = results["splits"] if results else {}
+    has_scores = "dev" in splits and ("test" in splits or not request.do_test)
+    has_answers = predictions_path(directory, "test").is_file() or not request.do_predict
+    return results if min_over_ranks(int(has_scores and has_answers)) else None
 
 
 def _run_entry(rate: float, seed: int, directory: Path, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from albert.convert.huggingface import hugging_face_name
 from albert.convert.huggingface_export import hugging_face_config
 from albert.distributed import close_world, init_world
 from albert.finetune.features import LabelledBatch
-from albert.finetune.run import build_engine
 from albert.finetune.settings import settings_for
 from albert.finetune.task_model import build_model, loss_sum
 from albert.finetune.tasks import find_task
+from albert.finetune.training import build_engine
 from albert.model_config import ModelConfig
 from albert.optim.groups import is_excluded
 from tests.ranks import run_ranks

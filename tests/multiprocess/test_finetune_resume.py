@@ -1,0 +1,136 @@
+"""A fine-tuning that is killed or stopped goes on bitwise; what is finished is not done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from albert.errors import run_command
+from albert.finetune import cli
+from albert.pretrained import load_pretrained
+from tests.ranks import Ranks
+from tests.tiny_task import MODEL, write_model, write_task
+
+pytestmark = pytest.mark.multiprocess
+_NUM_STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    directory = tmp_path_factory.mktemp("resume")
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    return write_task(directory / "data", num_train=300, num_dev=40), write_model(
+        directory / "model", MODEL.model_copy(update=dropout)
+    )
+
+
+def _command(arguments: list[str]) -> int:
+    sys.argv = ["finetune", *arguments]
+    return run_command(cli._main)
+
+
+def _start(inputs, output: Path, *options: str, ranks: int = 1) -> Ranks:
+    data, model = inputs
+    arguments = [
+        "--task=lcqmc", f"--data-dir={data}", f"--model={model}", f"--output={output}", "--do-train", "--do-eval",
+        "--do-test", f"--max-steps={_NUM_STEPS}", "--batch-size=20", "--learning-rate=5e-3", "--progress=off",
+        "--log-interval-steps=1", "--eval-interval-steps=10", "--checkpoint-interval-steps=7", "--no-tensorboard",
+    ]  # fmt: skip
+    return Ranks(ranks, _command, [*arguments, *options])
+
+
+def _wait_for_step(ranks: Ranks, output: Path, step: int) -> None:
+    deadline = time.monotonic() + 100
+    path = output / "metrics.jsonl"
+    while not (path.is_file() and f'"train", "step": {step},' in path.read_text()):
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        assert any(process.is_alive() for process in ranks.processes), "the run ended before"
+        time.sleep(0.002)
+
+
+def _signal(ranks: Ranks, number: signal.Signals) -> None:
+    for process in ranks.processes:
+        os.kill(process.pid, number)
+
+
+def _outcome(output: Path) -> dict:
+    results = json.loads((output / "results.json").read_bytes())
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    del results["training"]["seconds"]
+    return {
+        "results": results,
+        "losses": [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"],
+        "predictions": (output / "predictions-test.jsonl").read_bytes(),
+    }
+
+
+def _assert_same(left: Path, right: Path) -> None:
+    assert _outcome(left) == _outcome(right)
+    ours, theirs = load_pretrained(left / "model")[1], load_pretrained(right / "model")[1]
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert _start(inputs, output, ranks=2).results() == [0, 0]
+    assert not (output / "checkpoints").exists()
+    history = json.loads((output / "results.json").read_bytes())["training"]["history"]
+    assert history[-1]["accuracy"] > history[0]["accuracy"] + 0.2
+    return output
+
+
+@pytest.mark.parametrize("step", [16, 38])
+def test_a_killed_fine_tuning_goes_on_bitwise(inputs, whole, tmp_path, step):
+    ranks = _start(inputs, tmp_path, ranks=2)
+    _wait_for_step(ranks, tmp_path, step)
+    _signal(ranks, signal.SIGKILL)
+    ranks.kill()
+    assert not (tmp_path / "results.json").exists()
+    assert list((tmp_path / "checkpoints").iterdir())
+    assert _start(inputs, tmp_path, ranks=2).results() == [0, 0]
+    _assert_same(whole, tmp_path)
+
+
+def test_a_signal_commits_and_the_same_command_goes_on_bitwise(inputs, whole, tmp_path):
+    ranks = _start(inputs, tmp_path, "--checkpoint-interval-steps=0", ranks=2)
+    _wait_for_step(ranks, tmp_path, 9)
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)
+    assert ranks.results() == [75, 75]
+    (committed,) = (path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
+    assert load_pretrained(committed)[1].keys() == load_pretrained(whole / "model")[1].keys()
+    assert _start(inputs, tmp_path, "--learning-rate=6e-3", ranks=1).results() == [78]
+    assert _start(inputs, tmp_path, ranks=2).results() == [0, 0]
+    _assert_same(whole, tmp_path)
+
+
+def test_a_finished_training_is_not_done_again(inputs, whole):
+    before = (whole / "metrics.jsonl").read_bytes()
+    predictions = (whole / "predictions-test.jsonl").read_bytes()
+    (whole / "predictions-test.jsonl").unlink()
+    assert _start(inputs, whole, ranks=2).results() == [0, 0]
+    assert (whole / "metrics.jsonl").read_bytes() == before
+    assert (whole / "predictions-test.jsonl").read_bytes() == predictions
+
+
+def test_a_sweep_goes_on_with_the_run_that_was_stopped(inputs, tmp_path):
+    sweep = ("--seeds=2", "--learning-rates", "5e-3", "6e-3")
+    first, second = tmp_path / "lr-0.005" / "seed-0", tmp_path / "lr-0.005" / "seed-1"
+    ranks = _start(inputs, tmp_path, *sweep)
+    _wait_for_step(ranks, second, 3)
+    _signal(ranks, signal.SIGTERM)
+    assert ranks.results() == [75]
+    untouched = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    assert _start(inputs, tmp_path, *sweep).results() == [0]
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == untouched
+    assert len(json.loads((tmp_path / "sweep.json").read_bytes())["runs"]) == 4
+    assert '"resumed"' in (second / "metrics.jsonl").read_text()
