@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from albert.config import ProbeConfig
-from albert.errors import MissingInputError
+from albert.errors import ConfigError, MissingInputError
 
 _DIRECTORY = "probes"
 _RESULTS = "results.json"
@@ -170,7 +170,10 @@ def check_probe(config: ProbeConfig) -> None:
     from albert.finetune.reading import find_file
     from albert.finetune.tasks import find_task
 
-    task = read_task(Path(config.task_file)) if config.task_file else find_task(config.task or "")
+    try:
+        task = read_task(Path(config.task_file)) if config.task_file else find_task(config.task or "")
+    except ConfigError as error:
+        raise ConfigError(f"probe.task: {error}") from None
     for split in ("train", "dev"):
         try:
             find_file(task, Path(config.data or ""), split)

@@ -68,7 +68,6 @@ class Trainer:
         self.checkpoints, self.watchdog = checkpoints, watchdog
         self.step, self.position = 0, 0
         self._matmul_flops_per_s = measure_matmul_flops_per_s(engine.device, _DTYPES[config.train.precision])
-        self._probes = Probes(config.probe, Path(config.train.output_dir), monitor)
         self._nonfinite_in_a_row = 0
         self._interval = Interval()
         self._spikes = SpikeDetector(config.spikes)
@@ -245,7 +244,6 @@ class Trainer:
                 "remaining_s": remaining * elapsed_s / interval.num_steps,
             }
             self.monitor.record("train", self.step, values)
-            self._probes.poll()
             self._probes.poll()
         self._interval = Interval()
 
