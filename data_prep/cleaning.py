@@ -35,14 +35,17 @@ _REMOVED = re.compile(
 _INVALID = "\ufffd"
 
 # A sentence ends at . ! ? with closing quotes, before a space and something that can begin a sentence; or at a
-# Chinese full stop with its closing quotes. Common abbreviations and initials do not end one.
+# Chinese full stop with its closing quotes. Common abbreviations and initials do not end one. The patterns begin with
+# the characters that are looked for, since only then the search for them is fast.
 _SENTENCE_END = re.compile(
-    r"((?<!\b[A-Z])(?<!\b(?:Mr|Ms|Dr|St|Jr|vs|cf|No|pp))(?<!\b(?:Mrs|etc|Fig|Vol|e\.g|i\.e|Gen|Col|Sen|Rep))"
-    r"[.!?][\"'”’)\]]*)[ \t]+(?=[\"'“‘(\[]*[A-Z0-9])"
-    r"|([。！？]+[…”’」』）〉》]*)[ \t\u3000]*(?=[^\s…”’」』）〉》])"
+    r"([.!?](?=[ \t\"'”’)\]])(?<!\b[A-Z].)(?<!\b(?:Mr|Ms|Dr|St|Jr|vs|cf|No|pp).)"
+    r"(?<!\b(?:Mrs|etc|Fig|Vol|e\.g|i\.e|Gen|Col|Sen|Rep).)"
+    r"[\"'”’)\]]*)[ \t]+(?=[\"'“‘(\[]*[A-Z0-9])"
 )
+_CHINESE_SENTENCE_END = re.compile(r"([。！？]+[…”’」』）〉》]*)[ \t\u3000]*(?=[^\s…”’」』）〉》])")
 # A line that stops in the middle of a sentence goes on with a lower-case letter.
-_WRAPPED = re.compile(r"(?<=[a-z,;–-])[ \t]*\n[ \t]*(?=[a-z])")
+_WRAPPED = re.compile(r"\n(?<=[a-z,;–-]\n)(?=[a-z])")
+_BLANK_BESIDE_LINE_END = re.compile(r"\n(?:(?<=[ \t]\n)|(?=[ \t]))")
 
 
 def is_suspect(data: bytes) -> bool:
@@ -85,11 +88,17 @@ def drop_invalid(text: str, counts: Counter[str]) -> str | None:
 
 def split_sentences(text: str) -> str:
     """Prose with a line break after every sentence; joins lines that break a sentence."""
-    return _SENTENCE_END.sub(_break_line, _WRAPPED.sub(" ", text))
+    if _BLANK_BESIDE_LINE_END.search(text):
+        text = "\n".join(line.strip(" \t") for line in text.split("\n"))
+    text = _break_lines(_SENTENCE_END, _WRAPPED.sub(" ", text))
+    return _break_lines(_CHINESE_SENTENCE_END, text) if any(stop in text for stop in "。！？") else text
 
 
-def _break_line(match: re.Match[str]) -> str:
-    return (match[1] or match[2]) + "\n"
+def _break_lines(end: re.Pattern[str], text: str) -> str:
+    """Replace the space after each end of a sentence; like `end.sub`, but twice as fast."""
+    parts = end.split(text)
+    parts[1::2] = [stop + "\n" for stop in parts[1::2]]
+    return "".join(parts)
 
 
 def cut_long_lines(lines: list[str], counts: Counter[str]) -> list[str]:
