@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict, deque
@@ -146,16 +147,23 @@ class Watchdog:
         missing = sorted(set(range(self._world.size)) - places.keys())
         reason = describe_hang(places, silent, missing)
         prefix = f"[rank {self._world.rank}] " if self._world.rank else ""
-        sys.stderr.write(
+        text = (
             f"{prefix}error: {place} has taken {elapsed_s:.1f} s, {self.allowed_s(place.phase):.1f} s are allowed "
             f"(train.hang_timeout_s); {reason}; give the same command again to go on from the last checkpoint\n"
         )
+        # In one piece: the other ranks write theirs at the same time.
+        sys.stderr.write(text + _all_stacks())
         sys.stderr.flush()
-        with contextlib.suppress(ValueError, OSError):
-            faulthandler.dump_traceback(all_threads=True)
         if self._world.is_main:
             time.sleep(_FAREWELL_S)  # the other ranks read the heartbeats from here
         os._exit(PeerLostError.exit_code)
+
+
+def _all_stacks() -> str:
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
 
 
 def describe_hang(

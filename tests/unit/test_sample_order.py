@@ -100,3 +100,20 @@ def test_impossible_orders_are_refused():
         make(num_lanes=14)
     with pytest.raises(ConfigError, match="train split holds no examples"):
         SampleOrder([], seed=0, num_lanes=1, window_blocks=1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize(
+    "skipped", [[(0, 12)], [(48, 60)], [(5, 8), (30, 50), (200, 260)], [(7, 13), (13, 25)]]
+)
+def test_skipped_positions_are_used_by_no_step_and_ranks_stay_even(world_size, skipped):
+    left_out = {k for begin, end in skipped for k in range(begin, end)}
+    start, used = 0, []
+    for _ in range(20):
+        positions = step_positions(start, 12, skipped)
+        start = int(positions[-1]) + 1
+        shares = [rank_share(positions, rank, world_size).tolist() for rank in range(world_size)]
+        assert {len(share) for share in shares} == {12 // world_size}
+        assert sorted(k for share in shares for k in share) == positions.tolist()
+        used += positions.tolist()
+    assert used == [k for k in range(used[-1] + 1) if k not in left_out]
