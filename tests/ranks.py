@@ -75,18 +75,26 @@ class Ranks:
 
     def results(self, timeout_s: float = TIMEOUT_S) -> list[Any]:
         """What the function returned on every rank; raises with the first failing rank's traceback."""
-        outcomes = []
+        ranks = range(len(self.processes))
         try:
-            for rank, pipe in enumerate(self._pipes):
-                if not pipe.poll(timeout_s):
-                    raise TimeoutError(f"rank {rank} gave no result in {timeout_s} s")
-                outcomes.append(pipe.recv())
+            outcomes = [self._receive(rank, timeout_s) for rank in ranks]
         finally:
             self.kill()
-        for rank, (is_good, value) in enumerate(outcomes):
-            if not is_good:
-                raise AssertionError(f"rank {rank} failed:\n{value}")
-        return [value for _, value in outcomes]
+        return [_value(rank, outcome) for rank, outcome in zip(ranks, outcomes, strict=True)]
+
+    def result(self, rank: int, timeout_s: float = TIMEOUT_S) -> Any:
+        """What the function returned on one rank; the others go on."""
+        return _value(rank, self._receive(rank, timeout_s))
+
+    @property
+    def are_alive(self) -> bool:
+        """True until the first rank has ended."""
+        return all(process.is_alive() for process in self.processes)
+
+    def _receive(self, rank: int, timeout_s: float) -> tuple[bool, Any]:
+        if not self._pipes[rank].poll(timeout_s):
+            raise TimeoutError(f"rank {rank} gave no result in {timeout_s} s")
+        return self._pipes[rank].recv()
 
     def kill(self) -> None:
         """End the ranks that still live."""
@@ -95,6 +103,13 @@ class Ranks:
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+def _value(rank: int, outcome: tuple[bool, Any]) -> Any:
+    is_good, value = outcome
+    if not is_good:
+        raise AssertionError(f"rank {rank} failed:\n{value}")
+    return value
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

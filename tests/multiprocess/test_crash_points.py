@@ -73,12 +73,13 @@ class Point:
     nth: int
 
 
-def save_all(directory: Path, saves: Saves, go: Any, committed: Any) -> tuple[int, str]:
+def save_all(directory: Path, saves: Saves, ready: Any, go: Any, committed: Any) -> tuple[int, str]:
     """What a traced rank does; `committed` tells the test how far it came."""
     world = init_world("cpu", timeout_s=20)
     try:
         for index, step in enumerate((*saves.before, *saves.steps)):
             if index == len(saves.before):
+                ready.release()
                 go.wait()
             save = checkpoint.Save(directory, make_state(step), make_tensors(step), SHAPES, world)
             save.commit({"config.json": b"{}"}, KEEP_LAST, 0)
@@ -97,8 +98,9 @@ class Traced:
         self, directory: Path, saves: Saves, world_size: int, rank: int, options: Sequence[str]
     ) -> None:
         context = multiprocessing.get_context("fork")
-        go, self.committed = context.Event(), context.RawValue("i", 0)
-        self.ranks = Ranks(world_size, save_all, directory, saves, go, self.committed)
+        ready, go, self.committed = context.Semaphore(0), context.Event(), context.RawValue("i", 0)
+        self.ranks = Ranks(world_size, save_all, directory, saves, ready, go, self.committed)
+        assert all(ready.acquire(timeout=60) for _ in range(world_size))
         self.victim = self.ranks.processes[rank]
         self.log = directory.with_suffix(".strace")
         options = [option.replace("{pid}", str(self.victim.pid)) for option in options]
@@ -121,13 +123,15 @@ def list_points(directory: Path, saves: Saves, world_size: int, rank: int) -> li
     seen: Counter[tuple[int, str, str]] = Counter()
     points = {}
     for thread, call, arguments in LINE.findall(traced.log.read_text()):
-        paths = {first or second: None for first, second in PATH.findall(arguments)}
-        paths = [path for path in paths if path.startswith(str(directory))]
-        seen.update((thread, call, path) for path in paths)
-        if paths:
-            path = paths[0].replace(str(directory), "{directory}").replace(f"-{traced.victim.pid}", "-{pid}")
+        # strace looks at the first path of a call only.
+        path = next(
+            (one or other for one, other in PATH.findall(arguments) if str(directory) in one + other), None
+        )
+        if path:
+            seen[thread, call, path] += 1
+            name = path.replace(str(directory), "{directory}").replace(f"-{traced.victim.pid}", "-{pid}")
             is_writer = int(thread) != traced.victim.pid
-            points[Point(saves, world_size, rank, is_writer, call, path, seen[thread, call, paths[0]])] = None
+            points[Point(saves, world_size, rank, is_writer, call, name, seen[thread, call, path])] = None
     return list(points)
 
 
