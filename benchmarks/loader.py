@@ -2,8 +2,8 @@
 
     python -m benchmarks.loader [--examples 40000] [--rounds 5]
 
-Every example is a full 512 tokens with 77 predictions. The dataset is written first, outside the clock. Two figures, in
-turns: the masks of the shards, and fresh masks in every epoch (data.remask=true), drawn in the same process.
+Every example is a full 512 tokens with 77 predictions. The dataset is written first, outside the clock. Two figures,
+in turns: the masks of the shards, and fresh masks in every epoch (data.remask=true), drawn in the same process.
 """
 
 from __future__ import annotations
