@@ -152,3 +152,69 @@ def test_five_steps_equal_hugging_face(kind):
         expected = their_weights[hugging_face_name(name, 1)].numpy()
         bound = 1e-4 if name in _SHIFTS else 1e-5
         assert np.abs(tensor - expected).max() < bound, name
+
+
+_DECAY = 0.5
+_UNSHARED = _CONFIG.model_copy(update={"share_type": "none"})
+_RATES = {
+    "albert.embeddings.": _DECAY**4,
+    "albert.encoder.embedding_hidden_mapping_in.": _DECAY**4,
+    **{f"albert.encoder.{block}.{layer}.": _DECAY ** (3 - layer) for block in ("attention", "feed_forward")
+       for layer in range(3)},
+    "albert.pooler.": 1.0,
+    "classifier.": 1.0,
+}  # fmt: skip
+"""Of three layers of their own: head 1, layers 1/2, 1/4, 1/8 from the top, embeddings 1/16."""
+
+
+def _decayed(steps: int) -> dict[str, np.ndarray]:
+    changes = {
+        "learning_rate": _RATE,
+        "batch_size": 8,
+        "epochs": 1.0,
+        "layer_decay": _DECAY,
+        "deepspeed": "zero1",
+    }
+    settings = settings_for(find_task("lcqmc"), changes)
+    world = init_world("cpu", 60.0)
+    try:
+        engine = build_engine(build_model(find_task("lcqmc"), ("a", "b"), _UNSHARED, seed=1), settings, world)
+        rng = np.random.default_rng(5)
+        for _ in range(steps):
+            sequences, labels = _draw("classification", rng)
+            mine = range(world.rank, 8, world.size)
+            ids = torch.from_numpy(np.concatenate([sequences[i] for i in mine]))
+            packed = pack(ids, torch.zeros_like(ids), tuple(len(sequences[i]) for i in mine))
+            batch = LabelledBatch(packed, labels[list(mine)])
+            engine.backward(loss_sum(engine.model, engine.forward(packed), batch) / 8)
+            engine.step(_RATE)
+        return {
+            name: value.numpy().copy() for part, name, value in engine.gather_state() if part == "weights"
+        }
+    finally:
+        close_world()
+
+
+def test_layer_decay_equals_torch_adamw_with_a_group_for_every_level():
+    weights = run_ranks(2, _decayed, _STEPS)[0]
+    model = build_model(find_task("lcqmc"), ("a", "b"), _UNSHARED, seed=1)
+    groups = [
+        {
+            "params": [parameter],
+            "lr": _RATE * next(rate for prefix, rate in _RATES.items() if name.startswith(prefix)),
+            "weight_decay": 0.0 if is_excluded(name) else 0.01,
+        }
+        for name, parameter in model.named_parameters()
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6)
+    rng = np.random.default_rng(5)
+    for _ in range(_STEPS):
+        sequences, labels = _draw("classification", rng)
+        ids = torch.from_numpy(np.concatenate(sequences))
+        packed = pack(ids, torch.zeros_like(ids), tuple(map(len, sequences)))
+        optimizer.zero_grad()
+        (loss_sum(model, model(packed), LabelledBatch(packed, labels)) / 8).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert np.abs(weights[name] - parameter.detach().numpy()).max() < 1e-5, name
