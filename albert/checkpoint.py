@@ -192,7 +192,7 @@ class Save:
 
         def retain() -> None:
             if self._world.is_main:
-                _remove_old(directory, keep_last, keep_every)
+                _remove_old(directory, self.state.step, keep_last, keep_every)
 
         _on_all_ranks(commit, directory)
         _on_all_ranks(retain, directory)
@@ -201,7 +201,8 @@ class Save:
     def _stage(self, num_bytes: int) -> None:
         if not self._world.is_main:
             return
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        if self._temporary.exists():
+            _remove(self._temporary)
         self._temporary.mkdir(parents=True)
         free_bytes = shutil.disk_usage(self._temporary).free
         if free_bytes < num_bytes * _SPACE_FACTOR:
@@ -266,25 +267,40 @@ def _commit(
         final.rename(replaced)
     temporary.rename(final)
     sync_directory(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced.exists():
+        _remove(replaced)
     write_file_durably(final.parent / POINTER_NAME, [f"{final.name}\n".encode()])
 
 
-def _remove_old(directory: Path, keep_last: int, keep_every: int) -> None:
-    """Remove checkpoints that are neither new nor to be kept, and what interrupted saves left; nothing else."""
-    old = list_steps(directory)[:-keep_last]
-    remove_steps(directory, [step for step in old if not keep_every or step % keep_every])
+def _remove_old(directory: Path, newest: int, keep_last: int, keep_every: int) -> None:
+    """Remove checkpoints that are neither new nor to be kept, and what interrupted saves left; nothing else.
+
+    Args:
+        directory: of the checkpoints.
+        newest: step that was just committed. Later ones did not verify when the run went on from an earlier one;
+            they go too, lest they take the place of good ones.
+        keep_last: see `Save.commit`.
+        keep_every: see `Save.commit`.
+    """
+    steps = list_steps(directory)
+    earlier = [step for step in steps if step <= newest]
+    old = [step for step in earlier[:-keep_last] if not keep_every or step % keep_every]
+    remove_steps(directory, old + steps[len(earlier) :])
     _remove_temporary(directory)
 
 
 def _remove_temporary(directory: Path) -> None:
     for path in directory.iterdir():
-        if not _TEMPORARY_NAME.fullmatch(path.name):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
+        if _TEMPORARY_NAME.fullmatch(path.name):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, a file, or a link and not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
 
 
 def read_checkpoint(directory: Path) -> tuple[TrainingState, dict[str, dict[str, Tensor]]]:
@@ -393,7 +409,7 @@ def remove_steps(directory: Path, steps: Iterable[int]) -> None:
     for step in steps:
         # Renamed first, so that a crash in between leaves no half checkpoint under a committed name.
         doomed = step_directory(directory, step)
-        shutil.rmtree(doomed.rename(doomed.with_name(f"{doomed.name}.tmp")), ignore_errors=True)
+        _remove(doomed.rename(doomed.with_name(f"{doomed.name}.tmp")))
 
 
 def remove_leftovers(directory: Path, world: World) -> None:
