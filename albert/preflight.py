@@ -167,7 +167,7 @@ def run_checks(config: RunConfig, join_timeout_s: float, report: Path | None) ->
     Args:
         config: of the pretraining that is to start.
         join_timeout_s: how long the other ranks may take to arrive, and each collective after that.
-        report: file that gets the hosts and the bad ones among them, from rank 0.
+        report: file that gets the problems and the hosts to avoid, from rank 0.
 
     Returns:
         A line for each problem, and whether this rank is the one to report them.
@@ -194,10 +194,11 @@ def run_checks(config: RunConfig, join_timeout_s: float, report: Path | None) ->
         everybody = _exchange(config, facts, world)
     close_world()
     problems = rank_problems(everybody)
+    lines = problem_lines(everybody, problems)
     if report is not None and world.is_main:
-        hosts = {"hosts": [fact["host"] for fact in everybody], "bad_hosts": bad_hosts(everybody, problems)}
-        write_file_durably(report, [json.dumps(hosts).encode()])
-    return problem_lines(everybody, problems), world.is_main
+        found = {"bad_hosts": bad_hosts(everybody, problems), "problems": lines}
+        write_file_durably(report, [json.dumps(found).encode()])
+    return lines, world.is_main
 
 
 def _exchange(config: RunConfig, facts: Facts, world: World) -> list[Facts]:
@@ -215,7 +216,8 @@ def _exchange(config: RunConfig, facts: Facts, world: World) -> list[Facts]:
     if world.is_main:
         hosts = list(dict.fromkeys(fact["host"] for fact in everybody))
         sys.stdout.write(f"preflight: {world.size} ranks on {', '.join(hosts)}: {facts['versions']}\n")
-        sys.stdout.write(f"preflight: all-reduce of 16 MiB: {_bandwidth(bytes_per_s, len(hosts))}\n")
+        if world.size > 1:
+            sys.stdout.write(f"preflight: all-reduce of 16 MiB: {_bandwidth(bytes_per_s, len(hosts))}\n")
     return everybody
 
 
@@ -255,7 +257,7 @@ def _main() -> None:
         "--join-timeout", type=float, default=JOIN_TIMEOUT_S, metavar="SECONDS",
         help=f"how long the ranks may take to find each other ({JOIN_TIMEOUT_S:.0f})",
     )  # fmt: skip
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the names of bad hosts as JSON")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write problems and bad hosts as JSON")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
     began_at = time.monotonic()

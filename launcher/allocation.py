@@ -23,6 +23,24 @@ class Allocation:
     hosts: tuple[str, ...]
     num_tasks: int
     cpus_per_task: int
+    array_job_id: int | None = None
+    """Of the job array that this job is one task of."""
+    part: tuple[int, int] | None = None
+    """Which of how many tasks of the array, from 0."""
+
+    @property
+    def log_id(self) -> int:
+        """The number that the user knows the job by."""
+        return self.array_job_id or self.job_id
+
+    @property
+    def log_name(self) -> str:
+        """Directory of the job below the logs."""
+        return f"{self.job_name}-{self.log_id}"
+
+    def node_of(self, rank: int) -> str:
+        """Slurm's name of the node that a rank runs on."""
+        return self.hosts[rank * len(self.hosts) // self.num_tasks]
 
     @property
     def rendezvous(self) -> Rendezvous:
@@ -36,15 +54,18 @@ def read_allocation(environment: Mapping[str, str]) -> Allocation:
     Raises:
         ConfigError: this is no batch job of Slurm, or it does not say how many tasks it has.
     """
-    names = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_NTASKS")
+    names = ["SLURM_JOB_ID", "SLURM_JOB_NODELIST"]
+    # Some versions of Slurm set the number of tasks only where --ntasks is given.
+    names += ["SLURM_NTASKS"] if "SLURM_NTASKS_PER_NODE" not in environment else []
     missing = [name for name in names if name not in environment]
     if missing:
         raise ConfigError(
             f"launcher slurm job: {', '.join(missing)} not set; run it in a batch script that has --nodes and "
             "--ntasks-per-node, as those in slurm/ do"
         )
-    num_tasks = int(environment["SLURM_NTASKS"])
+    array = environment.get("SLURM_ARRAY_JOB_ID")
     hosts = tuple(run_scontrol("show", "hostnames", environment["SLURM_JOB_NODELIST"]).split())
+    num_tasks = int(environment.get("SLURM_NTASKS") or len(hosts) * int(environment["SLURM_NTASKS_PER_NODE"]))
     cpus_on_node = int(environment.get("SLURM_CPUS_ON_NODE", "1"))
     per_node = max(1, num_tasks // len(hosts))
     return Allocation(
@@ -54,7 +75,24 @@ def read_allocation(environment: Mapping[str, str]) -> Allocation:
         hosts=hosts,
         num_tasks=num_tasks,
         cpus_per_task=int(environment.get("SLURM_CPUS_PER_TASK", max(1, cpus_on_node // per_node))),
+        array_job_id=None if array is None else int(array),
+        part=None if array is None else _array_part(environment),
     )
+
+
+def _array_part(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which of how many tasks of a job array this is.
+
+    Raises:
+        ConfigError: the array is no whole range, so that tasks cannot be told from gaps.
+    """
+    names = ("TASK_ID", "TASK_MIN", "TASK_MAX", "TASK_STEP", "TASK_COUNT")
+    task, first, last, step, count = (int(environment[f"SLURM_ARRAY_{name}"]) for name in names)
+    if (last - first) // step + 1 != count:
+        raise ConfigError(
+            "--array: has gaps; give a whole range such as --array=0-7, finished parts are skipped"
+        )
+    return (task - first) // step, count
 
 
 def run_scontrol(*arguments: str) -> str:
@@ -90,5 +128,14 @@ def job_fields(job_id: int) -> dict[str, str]:
     Raises:
         ConfigError: Slurm does not know the job.
     """
-    text = run_scontrol("show", "job", "--oneliner", str(job_id))
-    return dict(re.findall(r"(\w+)=(\S*)", text))
+    return all_job_fields(job_id)[0]
+
+
+def all_job_fields(job_id: int) -> list[dict[str, str]]:
+    """The same for every task of a job array.
+
+    Raises:
+        ConfigError: Slurm does not know the job.
+    """
+    lines = run_scontrol("show", "job", "--oneliner", str(job_id)).splitlines()
+    return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines if line]

@@ -96,17 +96,28 @@ def cluster_options(cluster: ClusterConfig) -> Options:
     options: Options = {name: value for name, value in named.items() if value is not None}
     if cluster.cpus_per_task is not None:
         options["cpus-per-task"] = str(cluster.cpus_per_task)
-    if cluster.gpus_per_node is not None:
-        options["gpus-per-node"] = str(cluster.gpus_per_node or "")
     if cluster.signal_before_end_s is not None:
         options["signal"] = f"B:USR1@{cluster.signal_before_end_s}"
-    for option in cluster.sbatch_options:
-        name, separator, value = option.removeprefix("--").partition("=")
-        options[name] = value if separator else None
     return options
 
 
-def setting_lines(cluster: ClusterConfig, python: str, arguments: Sequence[str]) -> list[str]:
+def sbatch_option(text: str) -> Options:
+    """One option as the user writes it, `--exclusive` or `--switches=1`.
+
+    Raises:
+        UnsafeError: it is no plain word.
+    """
+    if not text.startswith("--") or not is_word(text):
+        raise UnsafeError(
+            f"option of sbatch {text!r}: not of the form --NAME or --NAME=VALUE in plain characters"
+        )
+    name, separator, value = text.removeprefix("--").partition("=")
+    return {name: value if separator else None}
+
+
+def setting_lines(
+    cluster: ClusterConfig, python: str, arguments: Sequence[str], *, preflight: bool = True
+) -> list[str]:
     """The block of settings: modules, variables, interpreter, arguments, all quoted for bash.
 
     Raises:
@@ -117,7 +128,7 @@ def setting_lines(cluster: ClusterConfig, python: str, arguments: Sequence[str])
         variables |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), cluster.network_interface)
     if cluster.scratch is not None:
         variables["TMPDIR"] = cluster.scratch
-    modules = [f"module load {quoted(name)}" for name in cluster.modules]
+    modules = [f"module load {quoted(name)} || exit 78" for name in cluster.modules]
     root = str(Path(__file__).resolve().parents[1])
     return [
         *modules,
@@ -125,16 +136,17 @@ def setting_lines(cluster: ClusterConfig, python: str, arguments: Sequence[str])
         *(f"export {name}={quoted(value)}" for name, value in variables.items()),
         f"python={quoted(python)}",
         f"arguments=({' '.join(quoted(word) for word in arguments)})",
-        f"job_options=({' '.join(quoted(word) for word in job_options(cluster))})",
+        f"job_options=({' '.join(quoted(word) for word in job_options(cluster, preflight=preflight))})",
     ]
 
 
-def job_options(cluster: ClusterConfig) -> list[str]:
+def job_options(cluster: ClusterConfig, *, preflight: bool) -> list[str]:
     """Options of `launcher slurm job` that carry the cluster file into the job."""
     return [
         *(f"--srun-option={word}" for word in cluster.srun_options),
         *(f"--rank-prefix={word}" for word in cluster.rank_prefix),
         f"--mpi={cluster.mpi}",
+        *([] if preflight else ["--no-preflight"]),
     ]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from albert.errors import ConfigError, MissingInputError, UnsafeError
 from launcher.job import Job, Rendezvous
-from launcher.local import PORTS, finish, node_command, python_path, run_node, with_defaults
+from launcher.local import finish, node_command, python_path, run_node, with_defaults
 from launcher.process import child_setup, signals_held
 from launcher.records import write_signals
 from launcher.watch import RankWatch
@@ -53,6 +53,14 @@ class Hosts:
     def first(self) -> str:
         """Where rank 0 is."""
         return next(iter(self.slots))
+
+    def one_rank_each(self) -> Hosts:
+        """The same hosts with one rank on each."""
+        return Hosts(dict.fromkeys(self.slots, 1))
+
+    def text(self) -> str:
+        """As a hostfile."""
+        return "".join(f"{name} slots={slots}\n" for name, slots in self.slots.items())
 
     def world(self) -> dict[str, list[int]]:
         """What DeepSpeed calls the world: devices of each host."""
@@ -90,11 +98,15 @@ class HostsRun:
 
     job: Job
     """With a status directory that all hosts share."""
-    hostfile: str
     hosts: Hosts
     via: str
     rendezvous: Rendezvous
     interface: str | None = None
+
+    @property
+    def hostfile(self) -> Path:
+        """Written for DeepSpeed's runner when the job starts."""
+        return Path(str(self.job.status_directory)) / "hostfile"
 
     def command(self) -> list[str]:
         """DeepSpeed's runner."""
@@ -121,9 +133,7 @@ class HostsRun:
         lines = [
             f"# {self.hosts.num_ranks} ranks on {', '.join(self.hosts.slots)} through {self.via}",
             shlex.join(self.command()),
-            "# each rank then runs:",
-            *(f"export {name}={shlex.quote(value)}" for name, value in self.job.environment),
-            shlex.join(self.job.command()),
+            *self.job.describe(),
         ]
         return "\n".join(lines)
 
@@ -150,20 +160,18 @@ class FileReach:
 
 def plan_hosts(
     job: Job,
-    hostfile: str,
+    hosts: Hosts,
     via: str,
     environment: Mapping[str, str],
-    *,
-    address: str | None,
+    rendezvous: Rendezvous,
     interface: str | None,
 ) -> HostsRun:
-    """Choose port and directory, and put variables into the job.
+    """Choose the directory, and put variables into the job.
 
     Raises:
-        MissingInputError, ConfigError: the hostfile, or a program that is not installed.
+        ConfigError: a program is not installed.
         UnsafeError: a path that the remote shells would change.
     """
-    hosts = read_hostfile(hostfile)
     for program in _NEEDED[via]:
         if shutil.which(program) is None:
             raise ConfigError(
@@ -175,13 +183,15 @@ def plan_hosts(
             "the interpreter": sys.executable,
             "PYTHONPATH": python_path(environment),
             "--interface": interface or "",
-            "--master-addr": address or "",
+            "--master-addr": rendezvous.address,
         }
     )
-    rendezvous = Rendezvous(address or hosts.first, secrets.choice(PORTS))
     directory = Path(LOG_ROOT).resolve() / f"hosts-{secrets.token_hex(4)}"
     variables = {
-        **_variables(rendezvous, directory.name, interface),
+        "MASTER_ADDR": rendezvous.address,
+        "MASTER_PORT": str(rendezvous.port),
+        "TORCH_EXTENSIONS_DIR": f"/tmp/albert-extensions-{directory.name}",  # noqa: S108 - a name of its own
+        **_interface_variables(interface),
         **{name: value for name, value in environment.items() if name.startswith(_CARRIED)},
         **dict(job.environment),
     }
@@ -192,7 +202,7 @@ def plan_hosts(
         log_directory=job.log_directory or str(directory),
         polls_signals=True,
     )
-    return HostsRun(job, hostfile, hosts, via, rendezvous, interface)
+    return HostsRun(job, hosts, via, rendezvous, interface)
 
 
 def _refuse_unsafe(values: Mapping[str, str]) -> None:
@@ -201,21 +211,16 @@ def _refuse_unsafe(values: Mapping[str, str]) -> None:
             raise UnsafeError(f"{what} ({text!r}) has characters that remote shells change; use plain names")
 
 
-def _variables(rendezvous: Rendezvous, name: str, interface: str | None) -> dict[str, str]:
-    variables = {
-        "MASTER_ADDR": rendezvous.address,
-        "MASTER_PORT": str(rendezvous.port),
-        "TORCH_EXTENSIONS_DIR": f"/tmp/albert-extensions-{name}",  # noqa: S108 - a name of its own
-    }
-    if interface is not None:
-        variables |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), interface)
-    return variables
+def _interface_variables(interface: str | None) -> dict[str, str]:
+    names = () if interface is None else ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+    return {name: str(interface) for name in names}
 
 
 def run_hosts(run: HostsRun) -> int:
     """Start the ranks on all hosts and wait for them; returns the job's exit code."""
     directory = Path(str(run.job.status_directory))
     directory.mkdir(parents=True)
+    run.hostfile.write_text(run.hosts.text())
     with signals_held() as held:
         starter = subprocess.Popen(
             run.command(),
@@ -250,7 +255,9 @@ def run_one_host(job: Job, hosts: Hosts, node_rank: int, rendezvous: Rendezvous)
     return run_node(job, num_ranks, node_command(job, hosts.world(), node_rank, rendezvous))
 
 
-def plan_one_host(job: Job, hosts: Hosts, node_rank: int, environment: Mapping[str, str]) -> Job:
+def plan_one_host(
+    job: Job, hosts: Hosts, node_rank: int, environment: Mapping[str, str], interface: str | None
+) -> Job:
     """The job with what the user leaves open on this host.
 
     Raises:
@@ -260,4 +267,5 @@ def plan_one_host(job: Job, hosts: Hosts, node_rank: int, environment: Mapping[s
         raise ConfigError(
             f"--node-rank {node_rank}: the hostfile has {len(hosts.slots)} hosts, numbered from 0"
         )
-    return with_defaults(job, environment)
+    variables = (*job.environment, *_interface_variables(interface).items())
+    return with_defaults(replace(job, environment=variables), environment)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from typing import Self
@@ -54,6 +55,11 @@ class Job:
     def command(self) -> list[str]:
         """What a rank runs."""
         return [sys.executable, "-u", "-m", self.module, *self.arguments]
+
+    def describe(self) -> list[str]:
+        """What a rank runs and with which variables, as lines for a shell and a reader."""
+        variables = [f"export {name}={shlex.quote(value)}" for name, value in self.environment]
+        return ["# each rank then runs:", *variables, shlex.join(self.command())]
 
     def encode(self) -> str:
         """The job as one word that no shell changes."""

@@ -1,13 +1,14 @@
-"""Slurm from outside a job: render and submit a batch script, show the state of jobs."""
+"""Slurm from outside a job: render and submit batch scripts."""
 
 from __future__ import annotations
 
 import json
 import re
+import secrets
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from albert.errors import ConfigError
@@ -18,14 +19,13 @@ from launcher.batch_script import (
     cluster_options,
     read_template,
     render,
+    sbatch_option,
     setting_lines,
     template_options,
 )
 from launcher.cluster import ClusterConfig
-from launcher.progress import committed_step, last_metrics, run_directory
+from launcher.slurm_ranks import LOG_ROOT
 
-LOG_ROOT = "slurm-logs"
-"""Below the directory that a job is submitted from."""
 TEMPLATES = {
     "pretrain": "pretrain",
     "finetune": "finetune",
@@ -34,8 +34,10 @@ TEMPLATES = {
 }
 """Template of each program."""
 
-_JOB_FILE = "job.json"
+JOB_FILE = "job.json"
+
 _DEPENDENCY = re.compile(r"\d+(:\d+)*")
+_ARRAY = re.compile(r"([1-9]\d{0,4})(%[1-9]\d*)?")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Submission:
     after: str | None = None
     """Jobs that have to be done first: 123 or 123:124."""
     hold: bool = False
+    array: str | None = None
+    """Number of tasks among which a build of data is divided: 64, or 64%8 for at most 8 at a time."""
+    sbatch_options: tuple[str, ...] = ()
+    """Further options of sbatch, such as --time=02:00:00; they come after those of the cluster file."""
+    preflight: bool = True
 
     def script(self) -> str:
         """The whole batch script.
@@ -61,7 +68,7 @@ class Submission:
             ConfigError: --after names no jobs.
         """
         python = self.cluster.python or sys.executable
-        lines = setting_lines(self.cluster, python, self.arguments)
+        lines = setting_lines(self.cluster, python, self.arguments, preflight=self.preflight)
         return render(read_template(self.template), self._options(), lines)
 
     def num_ranks(self) -> int:
@@ -69,14 +76,42 @@ class Submission:
         options = {**template_options(read_template(self.template)), **self._options()}
         return int(options.get("nodes") or 1) * int(options.get("ntasks-per-node") or 1)
 
+    def jobs(self) -> list[Submission]:
+        """What is submitted, each after the one before: a job array needs a last job that writes the manifest.
+
+        Raises:
+            ConfigError: the program cannot be done in parts, or only on one node.
+        """
+        is_build, is_mpi = self.arguments[:1] == ("build",), "--mpi" in self.arguments
+        if self.array is None:
+            if self.program == "data" and not is_mpi and (self.nodes or 1) > 1:
+                raise ConfigError(
+                    "--nodes: data preparation uses several nodes with 'build --mpi' or --array only"
+                )
+            return [self]
+        if self.program != "data" or not is_build or is_mpi:
+            raise ConfigError("--array: only 'data build' without --mpi is done in parts; leave --array out")
+        if _ARRAY.fullmatch(self.array) is None:
+            raise ConfigError(
+                f"--array {self.array!r}: give a number of tasks such as 64, or 64%8 for 8 at a time"
+            )
+        if (self.nodes or 1) > 1:
+            raise ConfigError("--nodes: each task of a job array has one node; give --array more tasks")
+        name = self.job_name or str(template_options(read_template(self.template)).get("job-name"))
+        return [self, replace(self, array=None, after=None, hold=False, job_name=f"{name}-manifest")]
+
     def _options(self) -> Options:
-        options = cluster_options(self.cluster)
+        options = {**cluster_options(self.cluster), **self._devices()}
+        for text in (*self.cluster.sbatch_options, *self.sbatch_options):
+            options |= sbatch_option(text)
         if self.job_name is not None:
             options["job-name"] = checked_job_name(self.job_name)
         if self.nodes is not None:
             options["nodes"] = str(self.nodes)
-        if self.ranks_per_node is not None:
-            options["ntasks-per-node"] = str(self.ranks_per_node)
+        if self.array is not None:
+            number, _, at_once = self.array.partition("%")
+            options["array"] = f"0-{int(number) - 1}" + (f"%{at_once}" if at_once else "")
+            options["output"] = f"{LOG_ROOT}/%x-%A_%a.log"
         if self.hold:
             options["hold"] = None
         if self.after is not None:
@@ -84,6 +119,21 @@ class Submission:
                 raise ConfigError(f"--after {self.after!r}: not job ids; write 123, or 123:124 for several")
             options |= {"dependency": f"afterok:{self.after}", "kill-on-invalid-dep": "yes"}
         return options
+
+    def _devices(self) -> Options:
+        """Ranks and GPUs of a node: one rank on each GPU, and cores alone for data preparation."""
+        template = template_options(read_template(self.template))
+        gpus = self.cluster.gpus_per_node
+        ranks = self.ranks_per_node
+        if self.program == "data":
+            own = {"gpus-per-node": "", "cpus-per-task": template.get("cpus-per-task", "1")}
+            return own if ranks is None else {**own, "ntasks-per-node": str(ranks)}
+        if ranks is None and gpus and self.program != "finetune":
+            ranks = gpus
+        if ranks is None:
+            ranks = int(template.get("ntasks-per-node") or 1)
+        has_gpus = gpus != 0 and "gpus-per-node" in template
+        return {"ntasks-per-node": str(ranks), "gpus-per-node": str(ranks) if has_gpus else ""}
 
 
 def submit(submission: Submission) -> int:
@@ -94,7 +144,7 @@ def submit(submission: Submission) -> int:
     """
     root = Path(LOG_ROOT)
     root.mkdir(exist_ok=True)
-    script = root / "submitted.sbatch"
+    script = root / f"submitted-{secrets.token_hex(8)}.sbatch"
     script.write_text(submission.script(), encoding="utf-8")
     answer = run_slurm_command("sbatch", "--parsable", str(script))
     job_id = int(answer.strip().split(";")[0])
@@ -114,54 +164,9 @@ def write_job_file(directory: Path, job_id: int, program: str, arguments: Sequen
         "arguments": list(arguments),
         "directory": str(Path.cwd()),
     }
-    (directory / _JOB_FILE).write_text(json.dumps(fields), encoding="utf-8")
+    (directory / JOB_FILE).write_text(json.dumps(fields), encoding="utf-8")
 
 
 def describe(submission: Submission) -> str:
     """What would be submitted."""
-    return f"# {shlex.join(['sbatch', '--parsable'])} reads:\n{submission.script()}"
-
-
-def status_lines(job_ids: Sequence[int]) -> list[str]:
-    """A table of the jobs submitted from here: state, step, loss, time left, restarts.
-
-    Args:
-        job_ids: only these; empty for all.
-    """
-    rows: list[tuple[str, ...]] = [("JOB", "NAME", "STATE", "STEP", "LOSS", "LEFT", "RESTARTS", "REASON")]
-    for path in sorted(Path(LOG_ROOT).glob(f"*/{_JOB_FILE}")):
-        job = json.loads(path.read_text(encoding="utf-8"))
-        if not job_ids or job["job_id"] in job_ids:
-            rows.append(_status_row(path.parent, job["job_id"], job["program"], job["arguments"]))
-    missing = set(job_ids) - {int(row[0]) for row in rows[1:]}
-    if missing:
-        raise ConfigError(f"job {', '.join(map(str, sorted(missing)))} was not submitted from this directory")
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-
-
-def _status_row(directory: Path, job_id: int, program: str, arguments: Sequence[str]) -> tuple[str, ...]:
-    run = run_directory(program, arguments)
-    metrics = last_metrics(run)
-    step = metrics.get("step", committed_step(run))
-    name = directory.name.rsplit("-", 1)[0]
-    try:
-        fields = job_fields(job_id)
-        left = run_slurm_command("squeue", "--noheader", "--format=%L", f"--jobs={job_id}").strip()
-    except ConfigError:
-        fields, left = {}, ""
-    history = directory / "history.jsonl"
-    ended = json.loads(history.read_text(encoding="utf-8").splitlines()[-1]) if history.exists() else {}
-    state = fields.get("JobState", f"ENDED ({ended['exit_code']})" if ended else "UNKNOWN")
-    return (
-        str(job_id),
-        name,
-        state,
-        str(step) if step >= 0 else "-",
-        f"{metrics['loss']:.4f}" if "loss" in metrics else "-",
-        left or "-",
-        fields.get("Restarts", str(ended.get("restart", "-"))),
-        ended.get("cause") or fields.get("Reason", "-"),
-    )
+    return f"# {shlex.join(['sbatch', '--parsable'])} reads:\n{submission.script().rstrip()}"

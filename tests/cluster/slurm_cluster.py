@@ -66,9 +66,9 @@ _READY = re.compile(r"^(idle|mix|alloc)$", re.MULTILINE)
 
 
 class SlurmCluster:
-    """Slurm with all nodes ready."""
+    """Slurm with all nodes ready; jobs of the tests take two of them, the last one is a spare."""
 
-    def __init__(self, nodes: Sequence[str] = ("node1", "node2")) -> None:
+    def __init__(self, nodes: Sequence[str] = ("node1", "node2", "node3")) -> None:
         self.machines = Machines(nodes)
         try:
             self._start()

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,11 +43,12 @@ class Site:
         command = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "launcher", *words]
         return self.cluster.machines.run("ctl", *command, cwd=self.directory)
 
-    def submit(self, *words: str) -> int:
-        return int(self.launch("slurm", "--cluster", "cluster.yaml", *words).splitlines()[-1])
+    def submit(self, *words: str, preflight: bool = False) -> int:
+        options = ["--cluster", "cluster.yaml", *([] if preflight else ["--no-preflight"])]
+        return int(self.launch("slurm", *options, *words).splitlines()[-1])
 
-    def log(self, job_id: int) -> str:
-        return tail(next(self.directory.glob(f"slurm-logs/*-{job_id}.log")), 60)
+    def log(self, job_id: int, lines: int = 60) -> str:
+        return tail(next(self.directory.glob(f"slurm-logs/*-{job_id}.log")), lines)
 
     def history(self, job_id: int) -> list[dict]:
         """One entry for each allocation of a job that has ended."""
@@ -151,7 +153,8 @@ def test_data_pretrain_requeue_resume_finetune_as_one_chain(site, text, tokenize
     build += ["--max-seq-length", "32", "--eval-fraction", "0.1"]
     two = ["--nodes", "2", "--ranks-per-node"]
     data = site.submit(*two, "2", "--hold", "data", *build)
-    pretraining = site.submit(*two, "1", "--after", str(data), "pretrain", *pretrain("run", Path("data")))
+    words = [*two, "1", "--after", str(data), "pretrain", *pretrain("run", Path("data"))]
+    pretraining = site.submit(*words, preflight=True)
     pairs = finetune_data(site.directory / "pairs")
     tuned = shlex.split(
         f"--task lcqmc --data-dir {pairs} --model run/model --output tuned --do-train --do-eval "
@@ -171,12 +174,73 @@ def test_data_pretrain_requeue_resume_finetune_as_one_chain(site, text, tokenize
         site.wait_done(job)
     assert [entry["exit_code"] for entry in site.history(pretraining)] == [75, 0]
     assert_same_run(site.directory / "run", straight)
+    for line in ("2 ranks on node1, node2: ", "all-reduce of 16 MiB: ", "all checks passed in "):
+        assert site.log(pretraining, 1000).count(f"preflight: {line}") == 2  # in both allocations
     assert json.loads((site.directory / "tuned/results.json").read_text())
     row = site.launch("slurm", "status", str(pretraining)).splitlines()[1].split()
     assert row[:4] == [str(pretraining), "albert-pretrain", "COMPLETED", "60"]
     assert row[6] == "1"
     restarts = sorted(site.directory.glob(f"slurm-logs/albert-pretrain-{pretraining}/restart-*/rank-1.log"))
     assert len(restarts) == 2
+
+
+def test_a_job_array_makes_the_bytes_of_a_single_build(site, text, tokenizer):
+    inputs = [site.directory / f"text-{number}.txt" for number in range(3)]
+    for number, path in enumerate(inputs):
+        path.write_text(f"{number} " + text.read_text() * (1 + (1 << 20) // text.stat().st_size))
+    words = ["build", "--tokenizer", str(tokenizer), "--max-seq-length", "32", "--input", *map(str, inputs)]
+    last = site.submit("--array", "2", "--ranks-per-node", "1", "data", *words, "--output", "array")
+    whole = [
+        sys.executable,
+        "-m",
+        "data_prep",
+        *words,
+        "--output",
+        site.directory / "whole",
+        "--workers",
+        "1",
+    ]
+    subprocess.run(whole, cwd=ROOT, check=True, capture_output=True)
+    site.wait_done(last)
+    (array,) = site.directory.glob("slurm-logs/albert-data-[0-9]*/job.json")
+    number = json.loads(array.read_text())["job_id"]
+    logs = [site.directory / f"slurm-logs/albert-data-{number}_{task}.log" for task in range(2)]
+    for task, log in enumerate(logs):
+        assert f"array: part {task}/2 is done" in log.read_text()
+    files = [path for path in (site.directory / "whole").rglob("*") if path.is_file()]
+    assert len(list((site.directory / "whole").glob("train-*.tar"))) >= 3
+    for path in files:
+        assert (
+            path.read_bytes()
+            == (site.directory / "array" / path.relative_to(site.directory / "whole")).read_bytes()
+        )
+    assert not (site.directory / "array/.build").exists()
+    rows = [line.split()[:3] for line in site.launch("slurm", "status").splitlines()[1:]]
+    assert sorted(rows) == [
+        [str(number), "albert-data", "COMPLETED"],
+        [str(last), "albert-data-manifest", "COMPLETED"],
+    ]
+
+
+@pytest.mark.slow
+def test_a_bad_node_is_named_and_left_out_when_the_job_is_requeued(site, shards, straight):
+    machines = site.cluster.machines
+    other = site.directory / "flops.py"
+    other.write_text((ROOT / "albert/flops.py").read_text() + "\n")
+    machines.run("node2", "mount", "--bind", other, ROOT / "albert/flops.py")
+    try:
+        words = ["--nodes", "2", "--ranks-per-node", "1", "pretrain", *pretrain("run", shards)]
+        job = site.submit(*words, preflight=True)
+        fields = site.wait_done(job, 240)
+    finally:
+        machines.run("node2", "umount", ROOT / "albert/flops.py", check=False)
+    first, second = site.history(job)
+    assert (first["exit_code"], first["excluded"]) == (78, ["node2"])
+    assert first["cause"].startswith("preflight: node2: different code (hash ")
+    assert f"launcher: {first['cause']}\nlauncher: requeued without node2\n" in site.log(job, 1000)
+    assert (fields["ExcNodeList"], fields["Restarts"]) == ("node2", "1")
+    assert (second["exit_code"], second["hosts"]) == (0, ["node1", "node3"])
+    assert steps(site.directory / "run") == steps(straight)
 
 
 @pytest.mark.slow
@@ -260,7 +324,7 @@ def test_a_real_time_limit_is_survived(site, shards, straight):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["power", "cable"])
+@pytest.mark.parametrize("fault", ["power", "cable", "slurmd"])
 def test_a_lost_node_requeues_the_job_and_the_run_goes_on(site, shards, straight, fault):
     words = pretrain("run", shards)
     words[words.index("checkpoint.interval_steps=1000")] = "checkpoint.interval_steps=5"
@@ -269,7 +333,10 @@ def test_a_lost_node_requeues_the_job_and_the_run_goes_on(site, shards, straight
     site.wait_for_step("run", 8)
     began_at = time.monotonic()
     machines = site.cluster.machines
-    machines.power_off("node2") if fault == "power" else machines.unplug("node2")
+    if fault == "slurmd":
+        machines.run("node2", "bash", "-c", "kill -9 $(cat /run/slurmd.pid)")
+    else:
+        machines.power_off("node2") if fault == "power" else machines.unplug("node2")
     wait_until(
         lambda: site.cluster.job(job)["JobState"] in ("PENDING", "COMPLETING"),
         90,
@@ -277,11 +344,12 @@ def test_a_lost_node_requeues_the_job_and_the_run_goes_on(site, shards, straight
         0.5,
     )
     assert time.monotonic() - began_at < 60
-    if fault == "power":
-        machines.boot("node2")
-        site.cluster.start_node("node2")
-    else:
+    if fault == "cable":
         machines.plug("node2")
+    else:
+        if fault == "power":
+            machines.boot("node2")
+        site.cluster.start_node("node2")
     site.cluster.wait_for_nodes()
     site.wait_done(job, 240)
     assert steps(site.directory / "run") == steps(straight)

@@ -7,7 +7,7 @@ import pytest
 from albert.errors import ConfigError, MissingInputError, UnsafeError
 from launcher import hosts as hosts_module
 from launcher.hosts import plan_hosts, plan_one_host, read_hostfile, runner_environment
-from launcher.job import Job
+from launcher.job import Job, Rendezvous
 from launcher.rank import threads
 from launcher.records import read_signals, write_signals
 
@@ -57,7 +57,7 @@ def test_a_missing_hostfile_says_how_one_looks():
 def test_the_runner_gets_safe_words_only(hostfile, anywhere):
     job = Job("albert.finetune", ("a b", "$(touch canary)"))
     environment = {"HF_HOME": "a b", "NCCL_DEBUG": "$(x)", "SECRET_TOKEN": "s"}
-    run = plan_hosts(job, hostfile, "openmpi", environment, address=None, interface="ib0")
+    run = plan_hosts(job, read_hostfile(hostfile), "openmpi", environment, Rendezvous("node1", 20001), "ib0")
     command = run.command()
     assert "--launcher_args=--bind-to none --mca btl_tcp_if_include ib0" in command
     assert "--master_addr=node1" in command
@@ -66,7 +66,7 @@ def test_the_runner_gets_safe_words_only(hostfile, anywhere):
     assert carried["HF_HOME"] == "a b"
     assert carried["NCCL_DEBUG"] == "$(x)"
     assert carried["GLOO_SOCKET_IFNAME"] == "ib0"
-    assert carried["MASTER_ADDR"] == "node1"
+    assert (carried["MASTER_ADDR"], carried["MASTER_PORT"]) == ("node1", "20001")
     assert "SECRET_TOKEN" not in carried
     assert Job.decode(command[-1]) == run.job
 
@@ -90,18 +90,18 @@ def test_a_directory_that_a_remote_shell_would_change_is_refused(
     with pytest.raises(
         UnsafeError, match=r"the working directory .* has characters that remote shells change"
     ):
-        plan_hosts(Job("m", ()), hostfile, "pdsh", {}, address=None, interface=None)
+        plan_hosts(Job("m", ()), read_hostfile(hostfile), "pdsh", {}, Rendezvous("node1", 20001), None)
 
 
 def test_a_missing_program_is_named(hostfile, monkeypatch):
     monkeypatch.setattr(hosts_module.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="--via pdsh: pdsh is not installed here"):
-        plan_hosts(Job("m", ()), hostfile, "pdsh", {}, address=None, interface=None)
+        plan_hosts(Job("m", ()), read_hostfile(hostfile), "pdsh", {}, Rendezvous("node1", 20001), None)
 
 
 def test_a_node_rank_beyond_the_hostfile_is_refused(hostfile):
     with pytest.raises(ConfigError, match="--node-rank 2: the hostfile has 2 hosts, numbered from 0"):
-        plan_one_host(Job("m", ()), read_hostfile(hostfile), 2, {})
+        plan_one_host(Job("m", ()), read_hostfile(hostfile), 2, {}, None)
 
 
 def test_no_ssh_needs_a_number(monkeypatch, capsys, hostfile):

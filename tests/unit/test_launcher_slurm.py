@@ -25,7 +25,8 @@ from launcher.batch_script import (
 from launcher.cluster import ClusterConfig, read_cluster
 from launcher.job import Job
 from launcher.slurm import Submission
-from launcher.slurm_job import SlurmSettings, requeue_refusal, srun_command
+from launcher.slurm_job import requeue_refusal
+from launcher.slurm_ranks import SlurmSettings, srun_command
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = string.ascii_letters + string.digits + " '\"`$(){}[];&|<>*?!#~\\-=,.:/%@^é漢"
@@ -70,15 +71,78 @@ def test_the_cluster_file_reaches_the_script():
     assert options["signal"] == "B:USR1@180"
     assert options["dependency"] == "afterok:12:13"
     assert options["kill-on-invalid-dep"] == "yes"
-    for line in ("module load cuda/12.8", "export NCCL_SOCKET_IFNAME=ib0", "export TMPDIR=/scratch"):
+    for line in (
+        "module load cuda/12.8 || exit 78",
+        "export NCCL_SOCKET_IFNAME=ib0",
+        "export TMPDIR=/scratch",
+    ):
         assert f"\n{line}\n" in script
     assert "job_options=(--srun-option=--cpu-bind=cores --mpi=pmi2)" in script
 
 
-def test_nodes_without_gpus_ask_for_none():
-    assert "gpus-per-node" not in template_options(
-        submission(cluster=ClusterConfig(gpus_per_node=0)).script()
+@pytest.mark.parametrize(
+    ("program", "gpus", "ranks", "tasks", "asked"),
+    [
+        ("pretrain", None, None, "8", "8"),
+        ("pretrain", 4, None, "4", "4"),
+        ("pretrain", 8, 2, "2", "2"),
+        ("pretrain", 0, None, "8", None),
+        ("pretrain", 0, 3, "3", None),
+        ("finetune", 8, None, "1", "1"),
+        ("finetune", 8, 4, "4", "4"),
+        ("data", 8, None, "64", None),
+        ("data", 8, 16, "16", None),
+    ],
+)
+def test_each_rank_gets_one_gpu_and_data_preparation_none(program, gpus, ranks, tasks, asked):
+    cluster = ClusterConfig(gpus_per_node=gpus, cpus_per_task=6)
+    options = template_options(
+        submission("build", program=program, cluster=cluster, ranks_per_node=ranks).script()
     )
+    assert (options["ntasks-per-node"], options.get("gpus-per-node")) == (tasks, asked)
+    assert options["cpus-per-task"] == ("1" if program == "data" else "6")
+
+
+def test_options_of_sbatch_come_last_and_are_plain():
+    cluster = ClusterConfig(time="24:00:00", sbatch_options=("--exclusive", "--switches=1"))
+    script = submission(cluster=cluster, sbatch_options=("--time=02:00:00", "--mail-type=END")).script()
+    options = template_options(script)
+    assert (options["time"], options["switches"], options["mail-type"]) == ("02:00:00", "1", "END")
+    assert options["exclusive"] is None
+    for option in ("time=1", "--time=$(x)", "--a b", "--comment=a\n#SBATCH --uid=0"):
+        with pytest.raises(UnsafeError, match="not of the form --NAME or --NAME=VALUE"):
+            submission(sbatch_options=(option,)).script()
+
+
+def test_an_array_is_two_jobs_and_the_last_one_makes_the_manifest():
+    words = ("build", "--input", "a.txt", "--output", "d")
+    array, last = submission(*words, program="data", array="64%8", after="7", ranks_per_node=4).jobs()
+    options = template_options(array.script())
+    assert (options["array"], options["dependency"]) == ("0-63%8", "afterok:7")
+    assert options["output"] == "slurm-logs/%x-%A_%a.log"
+    assert (options["nodes"], options["ntasks-per-node"]) == ("1", "4")
+    options = template_options(last.script())
+    assert not {"array", "dependency"} & set(options)
+    assert (options["job-name"], last.arguments) == ("albert-data-manifest", words)
+    assert submission(program="pretrain", nodes=4).jobs() == [submission(program="pretrain", nodes=4)]
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "fields", "message"),
+    [
+        ("pretrain", "--config demo", {"array": "4"}, "--array: only 'data build' without --mpi"),
+        ("data", "audit d", {"array": "4"}, "--array: only 'data build' without --mpi"),
+        ("data", "build --mpi", {"array": "4"}, "--array: only 'data build' without --mpi"),
+        ("data", "build", {"array": "0"}, "--array '0': give a number of tasks such as 64"),
+        ("data", "build", {"array": "0-7"}, "--array '0-7': give a number of tasks such as 64"),
+        ("data", "build", {"array": "4", "nodes": 2}, "each task of a job array has one node"),
+        ("data", "build", {"nodes": 2}, "several nodes with 'build --mpi' or --array only"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(program, words, fields, message):
+    with pytest.raises(ConfigError) as caught:
+        submission(*words.split(), program=program, **fields).jobs()
+    assert message in str(caught.value)
 
 
 def hostile_words(number: int) -> list[str]:
@@ -203,11 +267,26 @@ def entries(*pairs: tuple[int, int], signals: tuple[int, ...] = (10,)) -> list[d
         (entries((76, 10), (76, 10), (76, 10), (76, 10)), "no new checkpoint since step 10 in 3 restarts"),
         (entries((76, 10), (76, 10), (76, 10), (76, 20)), None),
         (entries((75, -1), (75, -1), (75, -1), (75, -1)), "no new checkpoint since step -1 in 3 restarts"),
+        ([{**entries((78, -1))[0], "excluded": ["n1"]}], None),
+        ([{**entries((78, 5))[0], "excluded": ["n1"]}] * 4, "no new checkpoint since step 5 in 3 restarts"),
         (entries((75, 5), (75, 10), (75, 15), (75, 20), (75, 25)), None),
     ],
 )
 def test_a_job_is_requeued_while_it_makes_progress(history, refusal):
     assert requeue_refusal(history) == refusal
+
+
+def test_srun_in_a_container_uses_its_python_and_passes_the_environment():
+    assert SlurmSettings().python == sys.executable
+    assert SlurmSettings(srun_options=("--cpu-bind=cores",)).python == sys.executable
+    assert SlurmSettings(srun_options=("--container-image=a.sqsh",)).python == "python3"
+    assert SlurmSettings(rank_prefix=("apptainer", "exec", "a.sif")).python == "python3"
+    assert SlurmSettings(srun_options=("-l",)).srun("--ntasks=1") == [
+        "srun",
+        "--export=ALL",
+        "--ntasks=1",
+        "-l",
+    ]
 
 
 def test_outside_a_batch_job_the_inside_command_says_so():
@@ -219,9 +298,10 @@ def test_srun_starts_one_task_per_rank_and_kills_none():
     allocation = Allocation(7, "a", 2, ("n1", "n2"), 16, 4)
     settings = SlurmSettings(srun_options=("--cpu-bind=cores",), rank_prefix=("apptainer", "exec", "a b.sif"))
     command = srun_command(Job("albert.pretrain", ("x",)), allocation, settings)
-    assert command[:5] == ["srun", "--ntasks=16", "--cpus-per-task=4", "--kill-on-bad-exit=0", "--wait=0"]
-    assert command[5:9] == ["--cpu-bind=cores", "apptainer", "exec", "a b.sif"]
-    assert command[9:12] == ["python3", "-m", "launcher.rank"]
+    options = ["--export=ALL", "--ntasks=16", "--cpus-per-task=4", "--kill-on-bad-exit=0", "--wait=0"]
+    assert command[:6] == ["srun", *options]
+    assert command[6:10] == ["--cpu-bind=cores", "apptainer", "exec", "a b.sif"]
+    assert command[10:13] == ["python3", "-m", "launcher.rank"]
     again = Allocation(7, "a", 3, ("n1", "n2"), 16, 4)
     assert allocation.rendezvous.address == "n1"
     assert allocation.rendezvous.port != again.rendezvous.port
