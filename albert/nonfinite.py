@@ -64,9 +64,10 @@ def _bad_gradient(loss: Tensor, outputs: Sequence[tuple[str, Tensor]]) -> str | 
     """Gradients of outputs only, so that no parameter's accumulated gradient changes."""
     wanted = [(name, output) for name, output in outputs if output.requires_grad]
     gradients = torch.autograd.grad(loss, [output for _, output in wanted], allow_unused=True)
-    for (name, _), gradient in reversed(list(zip(wanted, gradients, strict=True))):
+    for (_, output), gradient in reversed(list(zip(wanted, gradients, strict=True))):
         if gradient is not None and not _is_finite(gradient):
-            return f"gradient of the output of {name or 'the model'}"
+            innermost = next(name for name, other in wanted if other is output)
+            return f"gradient of the output of {innermost or 'the model'}"
     return None
 
 

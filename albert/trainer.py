@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from albert.distributed import sum_over_ranks
 from albert.engine import Engine
 from albert.errors import NonFiniteError
 from albert.evaluation import Evaluator
+from albert.heads import PretrainOutput
 from albert.loader import TrainLoader
 from albert.loss_spikes import SkippedStep, SpikeDetector
 from albert.monitoring import Monitor, measure_matmul_flops_per_s
@@ -127,8 +128,6 @@ class Trainer:
             return counts.stop_requests > 0
         if counts.saves_written == self.world.size:
             self._finish_save()
-        if self._is_due(self.config.train.replica_check_interval_steps):
-            check_replicas(self.engine.model, self.world, self.step)
         if self._is_due(self.config.eval.interval_steps) or self.step == self.config.train.num_steps:
             self._evaluate()
         if self._is_due(self.config.checkpoint.interval_steps):
@@ -149,10 +148,13 @@ class Trainer:
         self.watchdog.enter("forward_backward", self.step)
         sums = torch.zeros(4, device=self.engine.device)
         for index, batch in enumerate(micro_batches):
-            loss, values = self._forward(index, batch, counts, with_accuracy=is_logging)
+            loss, values = self._forward(self.engine.forward, index, batch, counts, is_logging)
             self.engine.backward(loss)
             sums[: len(values)] += values
         self.watchdog.enter("update", self.step)
+        if (interval := train.replica_check_interval_steps) and (self.step + 1) % interval == 0:
+            # Before the update, which under ZeRO-1 and 2 brings all ranks fresh weights.
+            check_replicas(self.engine.model, self.world, self.step + 1)
         result = self.engine.step(rate)
         self._advance(micro_batches)
         if result.applied:
@@ -176,11 +178,16 @@ class Trainer:
             self.monitor.advance(self.step)
 
     def _forward(
-        self, index: int, batch: PretrainBatch, counts: BatchCounts, *, with_accuracy: bool
+        self,
+        model: Callable[..., PretrainOutput],
+        index: int,
+        batch: PretrainBatch,
+        counts: BatchCounts,
+        with_accuracy: bool,
     ) -> tuple[Tensor, Tensor]:
         """This rank's share of the step's loss for one micro-batch, and the sums behind it."""
         self._seed_dropout(index)
-        output = self.engine.forward(batch.to(self.engine.device), with_accuracy=with_accuracy)
+        output = model(batch.to(self.engine.device), with_accuracy=with_accuracy)
         loss = output.mlm_loss_sum / counts.preds + output.sop_loss_sum / max(counts.orders, 1.0)
         return loss, torch.stack([value.detach().float() for value in output if value is not None])
 
@@ -205,7 +212,7 @@ class Trainer:
         else:
             self.step -= 1  # dropout is drawn from the number of the step
             losses = [
-                partial(lambda i, b: self._forward(i, b, counts, with_accuracy=False)[0], index, batch)
+                partial(lambda i, b: self._forward(self.engine.model, i, b, counts, False)[0], index, batch)
                 for index, batch in enumerate(micro_batches)
             ]
             bad = first_bad_tensors(self.engine, losses)
