@@ -26,6 +26,8 @@ _MAX_FAILURES = 24
 """Places that an n-gram tries in a row before its example is left below the budget."""
 _LOW_32_BITS = np.uint64(0xFFFFFFFF)
 _GAMMA = 0x9E3779B97F4A7C15
+_ROUNDS = 32
+"""Attempts whose draws are made at once."""
 _REPLACEMENT_STREAM = 1 << 32
 """First counter of the draws that decide 80/10/10; the draws of n-grams stay below."""
 
@@ -217,58 +219,74 @@ def _choose_ngrams(
     Returns:
         [examples] rest of each budget, [max_ngram] how often each n was drawn, and how many were cut.
     """
+    left = budgets.copy()
+    new: list[NDArray[np.int64]] = []
+    cut = 0
+    active = np.flatnonzero(words.count > 2)
+    rest = budgets[active]
+    size = np.zeros(len(active), np.int64)  # n of the n-gram that looks for a place, 0 for none
+    wanted = np.zeros(len(active), np.int64)  # n as it was drawn
+    failures = np.zeros(len(active), np.int64)
+    for first_attempt in range(0, _REPLACEMENT_STREAM, _ROUNDS):
+        if not len(active):
+            break
+        drawn_sizes, drawn_words = _draw_places(words, active, keys, first_attempt, policy)
+        column = np.arange(len(active))
+        for drawn_size, drawn_word in zip(drawn_sizes, drawn_words, strict=True):
+            fresh = np.flatnonzero(size == 0)
+            new.append(drawn_size[column[fresh]])
+            size[fresh] = wanted[fresh] = new[-1]
+            placed, too_long = _place(words, drawn_word[column], size, rest)
+            failures = np.where(placed, 0, failures + 1)
+            stuck = failures > _MAX_FAILURES
+            cut += int(np.count_nonzero(placed & (size < wanted)))
+            done = (rest == 0) | (stuck & (size == 1))
+            size = np.where(placed, 0, np.maximum(size - (too_long | stuck), 1))
+            if done.any():
+                left[active] = rest
+                going_on = np.flatnonzero(~done)
+                state = (active, column, rest, size, wanted, failures)
+                active, column, rest, size, wanted, failures = (part[going_on] for part in state)
+                if not len(active):
+                    break
+    drawn = np.bincount(np.concatenate(new), minlength=policy.max_ngram + 1) if new else np.zeros(1, np.int64)
+    return left, drawn[1:], cut
+
+
+def _draw_places(
+    words: _Words, active: NDArray[np.int64], keys: Keys, first_attempt: int, policy: MaskingPolicy
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draws of the next attempts: [rounds, active] n of an n-gram that may be new, and the word it would begin at."""
     law = policy.ngram_probabilities()
     # Thresholds on 32 bits: n is one more than the number of thresholds at or below the draw.
     thresholds = np.floor(np.cumsum(law)[:-1] * 2.0**32).astype(np.uint64)
-    left = budgets.copy()
-    size = np.zeros(len(keys), np.int64)  # n of the n-gram that looks for a place, 0 for none
-    wanted = np.zeros(len(keys), np.int64)  # n as it was drawn
-    failures = np.zeros(len(keys), np.int64)
-    drawn, cut = np.zeros(policy.max_ngram, np.int64), 0
-    active = np.flatnonzero(words.count > 2)
-    for attempt in range(_REPLACEMENT_STREAM):
-        if not len(active):
-            break
-        bits = _draw(keys[active], attempt)
-        n = size[active]
-        fresh = n == 0
-        new = np.searchsorted(thresholds, bits[fresh] & _LOW_32_BITS, side="right") + 1
-        n[fresh] = wanted[active[fresh]] = new
-        drawn += np.bincount(new, minlength=policy.max_ngram + 1)[1:]
-        spread = (bits >> np.uint64(32)) * words.count[active].astype(np.uint64)
-        word = words.first[active] + (spread >> np.uint64(32)).astype(np.int64)
-        placed, too_long = _place(words, word, n, left, active)
-        failures[active] = np.where(placed, 0, failures[active] + 1)
-        shrink = too_long | (failures[active] > _MAX_FAILURES)
-        cut += int((placed & (n < wanted[active])).sum())
-        size[active] = np.where(placed, 0, np.where(shrink, np.maximum(n - 1, 1), n))
-        done = (left[active] == 0) | (~placed & (n == 1) & (failures[active] > _MAX_FAILURES))
-        active = active[~done]
-    return left, drawn, cut
+    attempts = np.arange(first_attempt, first_attempt + _ROUNDS)
+    bits = _draw(keys[active], attempts[:, None])
+    sizes = np.searchsorted(thresholds, bits & _LOW_32_BITS, side="right") + 1
+    spread = (bits >> np.uint64(32)) * words.count[active].astype(np.uint64)
+    return sizes, words.first[active] + (spread >> np.uint64(32)).astype(np.int64)
 
 
 def _place(
-    words: _Words,
-    word: NDArray[np.int64],
-    n: NDArray[np.int64],
-    left: NDArray[np.int64],
-    active: NDArray[np.int64],
+    words: _Words, word: NDArray[np.int64], n: NDArray[np.int64], rest: NDArray[np.int64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Try to take `n` words from `word` on; returns [active] placed, and free but over the budget."""
-    free = ~words.taken[word]
-    for j in range(1, int(n.max())):
-        free &= ~words.taken[word + j] | (n <= j)
-    # Past a taken word the end may lie outside; then `free` is already False.
-    end = np.minimum(word + n, len(words.bounds) - 1)
-    tokens = words.bounds[end] - words.bounds[word]
-    fits = tokens <= left[active]
-    placed = free & fits
-    for j in range(int(n.max())):
-        chosen = word[placed & (n > j)] + j
-        words.taken[chosen] = True
-        words.chosen.append(chosen)
-    left[active[placed]] -= tokens[placed]
-    return placed, free & ~fits
+    """Try to take `n` words from `word` on, out of the `rest` of the budget, which shrinks; all are [active].
+
+    Returns:
+        [active] placed, and free but over the budget.
+    """
+    step = np.arange(int(n.max()))[:, None]
+    wanted = word + step
+    inside = step < n
+    free = ~(words.taken[wanted] & inside).any(axis=0)
+    # Past a taken word the end may lie outside; then `free` is False.
+    tokens = words.bounds[np.minimum(word + n, len(words.bounds) - 1)] - words.bounds[word]
+    placed = free & (tokens <= rest)
+    chosen = wanted[inside & placed]
+    words.taken[chosen] = True
+    words.chosen.append(chosen)
+    rest -= tokens * placed
+    return placed, free & ~placed
 
 
 def _mark(masked: NDArray[np.bool_], words: _Words) -> None:
