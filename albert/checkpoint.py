@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from albert.distributed import World, barrier, gather_rows, min_over_ranks
-from albert.durable_files import sync_directory, write_file_durably
+from albert.durable_files import make_directory, sync_directory, write_file_durably
 from albert.errors import DataError, DiskError, MissingInputError
 
 FORMAT_VERSION = 1
@@ -203,7 +203,8 @@ class Save:
             return
         if self._temporary.exists():
             _remove(self._temporary)
-        self._temporary.mkdir(parents=True)
+        make_directory(self._temporary.parent)
+        self._temporary.mkdir()
         free_bytes = shutil.disk_usage(self._temporary).free
         if free_bytes < num_bytes * _SPACE_FACTOR:
             message = f"{free_bytes >> 20} MiB are free, a checkpoint needs {num_bytes >> 20}"

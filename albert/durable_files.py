@@ -27,8 +27,17 @@ def write_file_durably(path: Path, chunks: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents where they are missing; they are there after a power loss too."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_directory(path.parent)
+
+
 def sync_directory(directory: Path) -> None:
-    """Make renames inside a directory survive a power loss."""
+    """Make names inside a directory survive a power loss."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

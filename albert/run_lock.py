@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from typing import IO
 
+from albert.durable_files import make_directory
 from albert.errors import ConfigError
 
 LOCK_NAME = "lock"
@@ -24,7 +25,7 @@ def lock_run_directory(directory: Path) -> IO[str]:
     Raises:
         ConfigError: another job owns the directory; says which, where and since when it runs.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     file = (directory / LOCK_NAME).open("a+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

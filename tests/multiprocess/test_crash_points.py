@@ -6,56 +6,25 @@ n-th call of a kind on a path by a thread. `-P` makes strace count only the call
 
 from __future__ import annotations
 
-import multiprocessing
-import re
-import shutil
-import subprocess
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 from albert import checkpoint
 from albert.distributed import close_world, init_world
 from albert.errors import DataError, DiskError
-from tests.checkpoints import SHAPES, assert_holds, make_state, make_tensors
-from tests.ranks import Ranks, run_ranks
+from tests.checkpoints import assert_holds
+from tests.ranks import run_ranks
+from tests.traced import AGAIN, FRESH, LINE, PATH, Saves, Traced, needs_strace
 
-KEEP_LAST = 1
-"""The hardest case: the checkpoint before the newest one is gone as soon as the newest is committed."""
 FAULTS = {"kill": "signal=KILL", "ENOSPC": "error=ENOSPC", "EIO": "error=EIO"}
 NEEDING_SPACE = {"openat", "mkdir", "write", "fsync", "close", "rename"}
 NOT_FAILING = {"fcntl", "ioctl", "lseek"}
 """Calls that do not reach the disk."""
-LINE = re.compile(r"(\d+) +(\w+)\((.*)")
-PATH = re.compile(r'<(/[^>]*)>|"(/[^"]*)"')
-
-
-def can_trace() -> bool:
-    command = ["strace", "-qq", "-o", "/dev/null", "true"]
-    return shutil.which("strace") is not None and subprocess.run(command, check=False).returncode == 0
-
-
-pytestmark = [
-    pytest.mark.multiprocess,
-    pytest.mark.skipif(not can_trace(), reason="strace is missing or may not trace here (ptrace)"),
-]
-
-
-class Saves(NamedTuple):
-    """What the ranks save."""
-
-    before: tuple[int, ...]
-    """Steps saved without faults."""
-    steps: tuple[int, ...]
-
-
-FRESH = Saves((), (1, 2, 3))
-AGAIN = Saves((3,), (3,))
-"""A finished run that is started again replaces its last checkpoint."""
+pytestmark = [pytest.mark.multiprocess, needs_strace]
 
 
 @dataclass(frozen=True)
@@ -73,51 +42,16 @@ class Point:
     nth: int
 
 
-def save_all(directory: Path, saves: Saves, ready: Any, go: Any, committed: Any) -> tuple[int, str]:
-    """What a traced rank does; `committed` tells the test how far it came."""
-    world = init_world("cpu", timeout_s=20)
-    try:
-        for index, step in enumerate((*saves.before, *saves.steps)):
-            if index == len(saves.before):
-                ready.release()
-                go.wait()
-            save = checkpoint.Save(directory, make_state(step), make_tensors(step), SHAPES, world)
-            save.commit({"config.json": b"{}"}, KEEP_LAST, 0)
-            if world.is_main:
-                committed.value = step
-    except DiskError as error:
-        close_world()
-        return error.exit_code, str(error)
-    return 0, ""
-
-
-class Traced:
-    """Ranks that save, one of them under strace."""
-
-    def __init__(
-        self, directory: Path, saves: Saves, world_size: int, rank: int, options: Sequence[str]
-    ) -> None:
-        context = multiprocessing.get_context("fork")
-        ready, go, self.committed = context.Semaphore(0), context.Event(), context.RawValue("i", 0)
-        self.ranks = Ranks(world_size, save_all, directory, saves, ready, go, self.committed)
-        assert all(ready.acquire(timeout=60) for _ in range(world_size))
-        self.victim = self.ranks.processes[rank]
-        self.log = directory.with_suffix(".strace")
-        options = [option.replace("{pid}", str(self.victim.pid)) for option in options]
-        command = ["strace", "-y", "-s", "0", "-o", self.log, *options, "-p", str(self.victim.pid)]
-        self.strace = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        line = self.strace.stderr.readline()
-        assert "attached" in line, line
-        go.set()
-
-    def end(self) -> None:
-        self.ranks.kill()
-        self.strace.communicate(timeout=20)
-
-
 def list_points(directory: Path, saves: Saves, world_size: int, rank: int) -> list[Point]:
     """Every call of a rank on a path below the directory, in a run without faults."""
-    traced = Traced(directory, saves, world_size, rank, ["-f", "-e", "trace=%file,%desc"])
+    traced = Traced(
+        directory,
+        saves,
+        world_size,
+        rank,
+        ["-f", "-e", "trace=%file,%desc"],
+        directory.with_suffix(".strace"),
+    )
     assert set(traced.ranks.results()) == {(0, "")}
     traced.end()
     seen: Counter[tuple[int, str, str]] = Counter()
@@ -140,7 +74,9 @@ def strike(directory: Path, point: Point, fault: str) -> int:
     inject = f"inject={point.call}:{FAULTS[fault]}:when={point.nth}"
     path = point.path.format(directory=directory, pid="{pid}")
     options = ["-P", path, "-e", f"trace={point.call}", "-e", inject, *(["-f"] if point.is_writer else [])]
-    traced = Traced(directory, point.saves, point.world_size, point.rank, options)
+    traced = Traced(
+        directory, point.saves, point.world_size, point.rank, options, directory.with_suffix(".strace")
+    )
     if fault == "kill":
         traced.victim.join(20)
         traced.end()
