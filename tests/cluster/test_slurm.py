@@ -277,31 +277,54 @@ def test_a_killed_rank_is_named_and_the_job_goes_on(site, shards, straight):
     assert steps(site.directory / "run") == steps(straight)
 
 
+def reach_the_time_limit(site: Site, job: int) -> None:
+    """Bring the end of the allocation so near that Slurm sends its warning, 30 s before."""
+    hours, minutes, seconds = map(int, site.cluster.job(job)["RunTime"].split(":"))
+    limit = (60 * (60 * hours + minutes) + seconds + 35) // 60 + 1
+    site.cluster.machines.run("ctl", "scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+
+
 MIXED = [
     lambda site, job: site.cluster.machines.run("ctl", "scontrol", "requeue", str(job)),
     lambda site, job: site.cluster.machines.run("ctl", "scancel", "--signal=USR1", "--batch", str(job)),
     lambda site, job: site.cluster.machines.run("ctl", "scancel", "--signal=TERM", f"{job}.0"),
+    reach_the_time_limit,
 ]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_ten_requeues_in_a_row_repeat_and_lose_nothing(site, shards):
     two = ["--nodes", "2", "--ranks-per-node", "1"]
-    site.wait_done(site.submit(*two, "pretrain", *pretrain("straight", shards, 600)))
-    job = site.submit(*two, "pretrain", *pretrain("run", shards, 600))
+    job = site.submit(*two, "pretrain", *pretrain("run", shards, 1_000_000))
     committed = 0
     for number in range(10):
         site.wait_for_step("run", committed + 3)
         MIXED[number % len(MIXED)](site, job)
         wait_until(
-            lambda done=number: len(site.history(job)) > done, 60, f"requeue {number} was not recorded"
+            lambda done=number: len(site.history(job)) > done, 150, f"requeue {number} was not recorded"
         )
         committed = site.history(job)[-1]["step"]
-    site.wait_done(job, 300)
+        site.cluster.machines.run("ctl", "scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    site.wait_for_step("run", committed + 3)
+    site.cluster.machines.run("ctl", "scancel", str(job))
+    site.cluster.wait_for_state(job, "CANCELLED")
     history = site.history(job)
-    assert [(entry["exit_code"], entry["cause"]) for entry in history] == [(75, None)] * 10 + [(0, None)]
-    assert trained_steps(site.directory / "run") == list(range(1, 601))  # none was done twice, none left out
-    assert_same_run(site.directory / "run", site.directory / "straight")
+    assert [(entry["exit_code"], entry["cause"]) for entry in history] == [(75, None)] * 11
+    last = history[-1]["step"]
+    assert trained_steps(site.directory / "run") == list(
+        range(1, last + 1)
+    )  # none was done twice, none left out
+    words = [*pretrain("straight", shards, 1_000_000), f"train.stop_after_steps={last}"]
+    straight = site.submit(*two, "pretrain", *words)
+    site.cluster.wait_for_state(straight, "FAILED", timeout_s=400)
+    assert [entry["exit_code"] for entry in site.history(straight)] == [75]
+    assert steps(site.directory / "run") == steps(site.directory / "straight")
+    for path in (site.directory / f"straight/checkpoints/step-{last:08d}").glob("*.safetensors"):
+        assert (
+            path.read_bytes()
+            == (site.directory / "run/checkpoints" / path.parent.name / path.name).read_bytes()
+        )
 
 
 @pytest.mark.slow
