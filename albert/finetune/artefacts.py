@@ -42,7 +42,7 @@ def write_submission(output: Path, task: Task, predictions: Sequence[Mapping[str
 
 
 def _glue_text(predictions: Sequence[Mapping[str, Any]]) -> str:
-    rows = [f"{index}\t{prediction['prediction']}" for index, prediction in enumerate(predictions)]
+    rows = [f"{prediction['id']}\t{prediction['prediction']}" for prediction in predictions]
     return "\n".join(["index\tprediction", *rows]) + "\n"
 
 

@@ -153,7 +153,8 @@ def test_a_pretraining_begins_probes_at_its_checkpoints_and_ends_without_them(in
         *model, f"data.directory={tmp_path}/shards", f"train.output_dir={tmp_path}/run", "train.num_steps=12",
         "train.global_batch_size=4", "train.micro_batch_size=4", "schedule.warmup_steps=1", "eval.interval_steps=0",
         "checkpoint.interval_steps=3", "checkpoint.asynchronous=false", "log.interval_steps=1",
-        "log.tensorboard=false", "deepspeed.config=zero0", "probe.interval_steps=5", "probe.task=lcqmc", f"probe.data={inputs[0]}",
+        "log.tensorboard=false", "deepspeed.config=zero0", "probe.interval_steps=5", "probe.task=lcqmc",
+        f"probe.data={inputs[0]}",
     ]  # fmt: skip
     assert Ranks(1, _pretrain, overrides).results() == [0]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -7,6 +7,7 @@ import pytest
 
 from albert.errors import ConfigError, MissingInputError, run_command
 from albert.finetune import cli
+from albert.finetune.artefacts import write_submission
 from albert.finetune.custom import read_task
 from albert.finetune.reading import read_split
 from albert.finetune.settings import settings_for
@@ -172,3 +173,19 @@ def test_a_sweep_is_summarised_by_learning_rate():
     assert rows[1]["dev"] == {"mean": pytest.approx(0.6), "deviation": pytest.approx(0.02**0.5), "best": 0.7}
     table = markdown_table({"task": "t", "metric": "f1", "model": "m", "by_learning_rate": rows})
     assert "| 2e-05 | 2 | 0 | 0.8500 ± 0.0707 (0.9000) |" in table
+
+
+def test_submissions_in_the_benchmarks_forms(tmp_path):
+    rows = [{"id": "0", "prediction": "not_entailment"}, {"id": "2", "prediction": "entailment"}]
+    path = write_submission(tmp_path, find_task("rte"), rows)
+    assert (path.name, path.read_text()) == (
+        "RTE.tsv",
+        "index\tprediction\n0\tnot_entailment\n2\tentailment\n",
+    )
+    path = write_submission(tmp_path, find_task("sts-b"), [{"id": "0", "prediction": 3.25}])
+    assert (path.name, path.read_text()) == ("STS-B.tsv", "index\tprediction\n0\t3.25\n")
+    path = write_submission(tmp_path, find_task("tnews"), [{"id": "7", "prediction": "108"}])
+    assert (path.name, path.read_text()) == ("tnews_predict.json", '{"id": 7, "label": "108"}\n')
+    path = write_submission(tmp_path, find_task("cmrc2018"), [{"id": "Q1", "prediction": "北京"}])
+    assert (path.name, path.read_text()) == ("answers.json", '{"Q1": "北京"}\n')
+    assert write_submission(tmp_path, find_task("lcqmc"), rows) is None
