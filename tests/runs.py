@@ -86,9 +86,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def last_step(run: Path) -> int:
-    """Newest step in the metrics, -1 before the first."""
-    return max((line["step"] for line in metrics(run) if line["kind"] == "train"), default=-1)
+def last_step(run: Path, since: float = 0.0) -> int:
+    """Newest step in the metrics that was done after a time (seconds since 1970), -1 before the first."""
+    steps = [line["step"] for line in metrics(run) if line["kind"] == "train" and line["time"] >= since]
+    return max(steps, default=-1)
 
 
 def is_saving(run: Path) -> bool:

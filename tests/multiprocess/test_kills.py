@@ -59,12 +59,19 @@ def start_and_kill(
     step = int(generator.integers(first, last + 1))
     victims = [[0], [1], [0, 1]][generator.integers(3)] if step else [0, 1]
     run = workspace / name
+    began_at = time.time()
     ranks = start(workspace, name, WORLD_SIZE, *options)
-    wait_until(lambda: last_step(run) >= step or not ranks.are_alive, f"seed {seed}, step {step}")
-    if generator.random() < 0.5:
-        wait_until(lambda: is_saving(run) or not ranks.are_alive, f"seed {seed}, save after step {step}")
+
+    def is_there() -> bool:
+        return last_step(run, began_at) >= step or not ranks.are_alive
+
+    if step == 0:
+        time.sleep(generator.uniform(0, 1))  # while the ranks start
+    elif generator.random() < 0.5:
+        wait_until(lambda: is_there() and (is_saving(run) or not ranks.are_alive), f"seed {seed}, save")
         time.sleep(generator.uniform(0, 0.01))
     else:
+        wait_until(is_there, f"seed {seed}")
         time.sleep(generator.uniform(0, 0.1))
     facts = {"run": name, "seed": seed, "time": time.time(), "ranks": victims, "in_save": is_saving(run)}
     for rank in victims:
