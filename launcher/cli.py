@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +18,7 @@ from launcher.local import plan_local
 from launcher.plan_cli import add_plan_command
 from launcher.progress import run_directory
 from launcher.slurm_cli import add_slurm_command
-from launcher.supervisor import run_with_restarts
+from launcher.supervisor import fewer_ranks_chooser, run_with_restarts
 
 _EXAMPLES = """\
 examples:
@@ -58,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     local.add_argument("-n", dest="num_ranks", type=int, help="ranks (default: one per GPU, or 1)")
     local.add_argument(
         "--restarts", type=int, default=0, help="start again so many times after a rank was lost (0)"
+    )
+    local.add_argument(
+        "--min-ranks", type=int, help="each such start may use fewer ranks, down to this (default: as many)"
     )
     local.add_argument("--log-dir", help="directory for rank-N.log (default: all on the terminal)")
     _add_program(local)
@@ -101,7 +105,21 @@ def _run_local(options: argparse.Namespace) -> int:
         print(plan_local(job, num_ranks, os.environ).describe())
         return 0
     run = run_directory(options.program, arguments)
-    return run_with_restarts(job, num_ranks, options.restarts, run)
+    return run_with_restarts(job, num_ranks, options.restarts, run, _rule_for_ranks(options))
+
+
+def _rule_for_ranks(options: argparse.Namespace) -> Callable[[int], int]:
+    """How many ranks the next start uses after one was lost.
+
+    Raises:
+        ConfigError: --min-ranks makes no sense here.
+    """
+    if options.min_ranks is None:
+        return lambda num_ranks: num_ranks
+    if options.program != "pretrain" or not options.restarts:
+        raise ConfigError(f"--min-ranks ({options.min_ranks}) is for 'pretrain' with --restarts only")
+    check_num_ranks(options.min_ranks)
+    return fewer_ranks_chooser(lambda num: check_pretrain(options.arguments, num), options.min_ranks)
 
 
 def data_workers(arguments: tuple[str, ...], num_workers: int) -> tuple[str, ...]:

@@ -28,7 +28,8 @@ class RankEnd:
     @property
     def is_consequence(self) -> bool:
         """Whether it followed from something else: a lost peer, an agreed stop, a clean-up."""
-        cleaned_up = self.code == -signal.SIGKILL and signal.SIGKILL in self.sent
+        # Programs that do not print their stacks when they are asked to are ended by the question.
+        cleaned_up = self.code in (-signal.SIGKILL, -signal.SIGQUIT) and signal.SIGKILL in self.sent
         return cleaned_up or self.code in (0, _LOST, _STOPPED)
 
 

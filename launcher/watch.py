@@ -17,8 +17,10 @@ from launcher.outcome import Outcome, RankEnd, job_outcome, signal_name
 from launcher.process import kill_session, send
 from launcher.records import read_ends, read_records
 
-PEER_GRACE_S = 30.0
+PEER_GRACE_S = 10.0
 """How long the other ranks may go on once one has failed; they notice a lost peer by themselves."""
+STACKS_S = 1.0
+"""How long ranks that are to be killed may take to print their stacks."""
 KILL_S = 15.0
 """How long killed ranks may take to be recorded; one on a host that has vanished never is."""
 KILLING_INTERRUPTS = 3
@@ -44,6 +46,7 @@ class LocalReach:
         self._directory = directory
         self._num_ranks = num_ranks
         self._told: dict[int, int] = {}
+        self._asked_for_stacks_at: float | None = None
 
     def pass_on(self, asked: Sequence[int]) -> None:
         """Signal the parent of each rank, which passes it on."""
@@ -56,12 +59,19 @@ class LocalReach:
             self._told[rank] = len(asked)
 
     def kill(self) -> set[int]:
-        """Kill the ranks themselves; their parents record it."""
+        """Kill the ranks themselves, a moment after they were asked to print where they are (`albert.watchdog`)."""
+        if self._asked_for_stacks_at is None:
+            self._asked_for_stacks_at = time.monotonic()
+            self._send(signal.SIGQUIT)
+            self._send(signal.SIGCONT)  # a stopped one could not
+        if time.monotonic() - self._asked_for_stacks_at < STACKS_S:
+            return set()
+        return self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> set[int]:
         started = read_records(self._directory, "started")
         return {
-            rank
-            for rank, record in started.items()
-            if send(record["child"], record["child_started"], signal.SIGKILL)
+            rank for rank, record in started.items() if send(record["child"], record["child_started"], number)
         }
 
 

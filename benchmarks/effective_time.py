@@ -1,0 +1,154 @@
+"""Training time that kills leave over: a supervised run whose ranks are killed at random, against its own bound.
+
+    python -m benchmarks.effective_time [--minutes 10] [--mtbf 120] [--ledger kills.jsonl]
+
+Two ranks (hidden 384, 6 layers, 128 tokens, ZeRO-1) run under `launcher local --restarts`. First without kills, for
+the time of a step and of a save; then a random rank gets SIGKILL at exponentially distributed times. Useful time is
+the number of steps kept, times that of a step; its share of the wall-clock time is compared with the best that the
+measured costs allow (Young and Daly): with mean time M between failures, restart cost R, save cost s and T seconds
+between saves, a share T / ((exp((T + s) / M) - 1) (M + R)). R is the mean time from a kill to the first new step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from albert.monitoring import read_metrics
+from albert.shards import write_manifest
+from benchmarks.figure import print_figure
+from benchmarks.loader import VOCAB_SIZE, write_dataset
+
+_LENGTH, _MICRO_BATCH, _RANKS = 128, 4, 2
+_CALIBRATION_STEPS = 60
+
+
+def _start(directory: Path, run: str, num_steps: int, interval_steps: int) -> subprocess.Popen[bytes]:
+    overrides = [
+        f"data.directory={directory}", f"train.output_dir={directory / run}", f"train.num_steps={num_steps}",
+        f"train.global_batch_size={_RANKS * _MICRO_BATCH}", f"train.micro_batch_size={_MICRO_BATCH}",
+        f"model.vocab_size={VOCAB_SIZE}", "train.precision=fp32", "schedule.warmup_steps=1",
+        "eval.interval_steps=0", "log.progress=off", "log.interval_steps=1", "log.tensorboard=false",
+        "model.hidden_size=384", "model.intermediate_size=1536", "model.num_hidden_layers=6",
+        f"checkpoint.interval_steps={interval_steps}", "log.ledger=true",
+    ]  # fmt: skip
+    launcher = [sys.executable, "-m", "launcher", "local", "-n", str(_RANKS), "--restarts", "1000"]
+    with (directory / f"{run}.log").open("wb") as log:
+        return subprocess.Popen(
+            [*launcher, "pretrain", "--config", "base", *overrides], stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+def _rank_pids(run: Path) -> Iterator[tuple[int, int]]:
+    """(rank, pid) of the run's processes, found by command line and environment."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            if b"albert.pretrain" in words and f"train.output_dir={run}".encode() in words:
+                variables = dict(
+                    word.partition(b"=")[::2] for word in (entry / "environ").read_bytes().split(b"\0")
+                )
+                yield int(variables[b"RANK"]), int(entry.name)
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run, "train") if (run / "metrics.jsonl").is_file() else []
+
+
+def _step_times(run: Path) -> list[float]:
+    lines = _lines(run)
+    return [after["time"] - before["time"] for before, after in itertools.pairwise(lines)]
+
+
+def _kill_until_done(
+    launched: subprocess.Popen[bytes], run: Path, mtbf_s: float, generator: random.Random
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Kill ranks of a run until it is done; returns the kills, and the seconds until each was made up by a step."""
+    kills: list[dict[str, Any]] = []
+    restarts: list[float] = []
+    next_kill = time.time() + generator.expovariate(1 / mtbf_s)
+    is_down = False
+    while launched.poll() is None:
+        time.sleep(0.05)
+        lines = _lines(run)
+        if is_down and lines and lines[-1]["time"] > kills[-1]["time"] + 0.5:
+            restarts.append(lines[-1]["time"] - kills[-1]["time"])
+            is_down = False
+        if time.time() < next_kill or is_down or not lines:
+            continue
+        ranks = list(_rank_pids(run))
+        if ranks:
+            rank, pid = generator.choice(ranks)
+            os.kill(pid, signal.SIGKILL)
+            kills.append({"time": time.time(), "rank": rank, "step": lines[-1]["step"]})
+            is_down = True
+            next_kill = time.time() + generator.expovariate(1 / mtbf_s)
+    return kills, restarts
+
+
+def _save_cost_s(run: Path, interval_steps: int) -> float:
+    """Median of what the steps with a save took longer than the others."""
+    times = _step_times(run)
+    with_save = [value for step, value in enumerate(times, 2) if step % interval_steps in (1, 2)]
+    return max(0.0, 2 * (statistics.mean(with_save) - statistics.median(times)))
+
+
+def _bound(interval_s: float, save_s: float, restart_s: float, mtbf_s: float) -> float:
+    return interval_s / ((math.exp((interval_s + save_s) / mtbf_s) - 1) * (mtbf_s + restart_s))
+
+
+def main() -> None:
+    """Measure and print the figure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training, without what kills cost")
+    parser.add_argument("--mtbf", type=float, default=120.0, help="mean seconds between kills")
+    parser.add_argument("--interval", type=int, default=10, help="steps between checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ledger", type=Path, help="write every kill to this file, as JSON lines")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        write_manifest(directory, write_dataset(directory, 4096, _LENGTH))
+        if _start(directory, "calm", _CALIBRATION_STEPS, options.interval).wait():
+            sys.exit((directory / "calm.log").read_text())
+        step_s = statistics.median(_step_times(directory / "calm"))
+        save_s = _save_cost_s(directory / "calm", options.interval)
+        num_steps = max(_CALIBRATION_STEPS, round(60 * options.minutes / step_s))
+        launched = _start(directory, "killed", num_steps, options.interval)
+        kills, restarts = _kill_until_done(
+            launched, directory / "killed", options.mtbf, random.Random(options.seed)
+        )
+        if launched.returncode:
+            sys.exit((directory / "killed.log").read_text())
+        lines = _lines(directory / "killed")
+    if options.ledger:
+        options.ledger.write_text("".join(json.dumps(kill) + "\n" for kill in kills))
+    wall_s = lines[-1]["time"] - lines[0]["time"]
+    share = (len(lines) - 1) * step_s / wall_s
+    restart_s = statistics.mean(restarts) if restarts else 0.0
+    bound = _bound(options.interval * step_s, save_s, restart_s, options.mtbf)
+    print_figure(
+        "effective_time_over_bound", [share / bound], "ratio", bar=0.95, share=round(share, 4),
+        bound=round(bound, 4), mtbf_s=options.mtbf, kills=len(kills), restart_s=round(restart_s, 2),
+        save_s=round(save_s, 3), step_s=round(step_s, 4), interval_steps=options.interval, steps=num_steps,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
