@@ -146,7 +146,7 @@ class AlbertForSequenceClassification(AlbertHead):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits, or predicted numbers, [batch, num_labels]."""
-        _, pooled = self.albert(batch)
+        _, pooled = self.albert(batch, first_only=True)
         return self.classifier(self.dropout(pooled))
 
     def forward_padded(self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ class AlbertForMultipleChoice(AlbertHead):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits [questions, num_choices] of questions * num_choices sequences."""
-        _, pooled = self.albert(batch)
+        _, pooled = self.albert(batch, first_only=True)
         return self.choice_classifier(self.dropout(pooled)).view(-1, self.num_choices)
 
     def forward_padded(self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor) -> Tensor:

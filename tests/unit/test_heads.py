@@ -160,3 +160,31 @@ def test_a_batch_without_any_target_costs_nothing():
     assert output.mlm_correct is None
     (output.mlm_loss_sum + output.sop_loss_sum).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layout": "brightmart", "ln_type": "preln", "final_ln": True, "share_type": "none"},
+        {"inner_group_num": 2},
+        {"num_hidden_layers": 1},
+    ],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_layer_on_first_tokens_alone_gives_the_same(options, checkpointing):
+    torch.manual_seed(0)
+    model = perturbed(AlbertForSequenceClassification(tiny(**options), 3))
+    model.activation_checkpointing = checkpointing
+    batch = random_sequences(60)
+    results = {}
+    for first_only in (False, True):
+        model.zero_grad()
+        hidden, pooled = model.albert(batch, first_only=first_only)
+        first = hidden if first_only else hidden[batch.cu_seqlens[:-1].long()]
+        (first.square().sum() + pooled.sum()).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results[first_only] = {"first": first.detach(), "pooled": pooled.detach(), **gradients}
+    assert results[True].keys() == results[False].keys()
+    for name, tensor in results[False].items():
+        torch.testing.assert_close(results[True][name], tensor, rtol=1e-4, atol=1e-4, msg=name)
