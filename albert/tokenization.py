@@ -343,9 +343,9 @@ def _normalise_joined(texts: Sequence[str], lower_case: bool, strip_accents: boo
         joined = "\n".join(text.replace("\n", " ") for text in texts)
     for space in _SPACES_TO_PYTHON_ONLY:
         joined = joined.replace(space, " ")
-    if "`" in joined:
-        joined = joined.replace("``", '"')
-    joined = joined.replace("''", '"')
+    for quote in ("``", "''"):
+        if quote in joined:  # looking takes a tenth of the time of replacing nothing
+            joined = joined.replace(quote, '"')
     if strip_accents:
         joined = _strip_accents(joined)
     if lower_case:

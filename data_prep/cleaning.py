@@ -101,9 +101,14 @@ def _break_lines(end: re.Pattern[str], text: str) -> str:
     return "".join(parts)
 
 
+def has_long_line(lines: list[str]) -> bool:
+    """Whether there is anything to cut."""
+    return max(map(len, lines), default=0) > MAX_LINE_CHARACTERS
+
+
 def cut_long_lines(lines: list[str], counts: Counter[str]) -> list[str]:
     """Lines of at most MAX_LINE_CHARACTERS characters, cut at a space where there is one."""
-    if not lines or len(max(lines, key=len)) <= MAX_LINE_CHARACTERS:
+    if not has_long_line(lines):
         return lines
     out: list[str] = []
     for line in lines:

@@ -199,6 +199,7 @@ def _add_text(batch: DocumentBatch, text: str, text_format: str, suspect: bool, 
     if text_format == "prose":
         text = cleaning.split_sentences(text)
     lines = [line.strip() for line in text.split("\n")]
+    has_long_line = cleaning.has_long_line(lines)
     sentences, start = batch.sentences, 0
     while start < len(lines):
         try:
@@ -206,7 +207,8 @@ def _add_text(batch: DocumentBatch, text: str, text_format: str, suspect: bool, 
         except ValueError:
             end = len(lines)
         if end > start:
-            sentences += cleaning.cut_long_lines(lines[start:end], counts)
+            document = lines[start:end]
+            sentences += cleaning.cut_long_lines(document, counts) if has_long_line else document
             batch.ends.append(len(sentences))
             counts["documents_in"] += 1
         start = end + 1
