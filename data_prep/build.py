@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from albert.errors import ConfigError, MissingInputError
 from albert.shards import (
@@ -33,6 +31,7 @@ from data_prep.corpus import read_documents
 from data_prep.dedup import repeated_documents
 from data_prep.parallel import Step, end_mpi, run_here, run_mpi, run_processes, serve_mpi
 from data_prep.plan import Source, Task, find_sources, plan_tasks
+from data_prep.progress import progress_bar
 from data_prep.settings import BuildSettings
 from data_prep.work_directory import (
     TaskRecord,
@@ -254,10 +253,7 @@ def _progress(
     total = sum(task.bytes for task in tasks)
     documents = sum(record.counts.get("documents_in", 0) for record in done.values())
     initial = sum(record.input_bytes for record in done.values())
-    interval_s = 0.5 if sys.stderr.isatty() else 15.0  # a log file needs no lively bar
-    with tqdm(
-        desc=name, total=total, initial=initial, unit="B", unit_scale=True, mininterval=interval_s
-    ) as bar:
+    with progress_bar(name, total, initial) as bar:
         for record in results:
             yield record
             documents += record.counts.get("documents_in", 0)

@@ -20,7 +20,7 @@ _EXAMPLES = """examples:
   python -m data_prep build --input corpus.txt --tokenizer tok --output dataset --workers 4
   python -m data_prep build --input zh/*.txt.gz --tokenizer vocab.txt --output dataset --dupe-factor 5
   mpirun -n 64 python -m data_prep build --mpi --input books.txt wiki.jsonl --tokenizer tok --output dataset
-  python -m data_prep verify dataset
+  python -m data_prep verify dataset --workers 8
   python -m data_prep audit dataset --html report.html
   python -m data_prep show dataset --examples 3
   python -m data_prep demo-corpus --output demo
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_build(commands)
     verify = commands.add_parser("verify", help="check every byte of a dataset against its manifest")
     verify.add_argument("directory", metavar="DIR")
+    verify.add_argument("--workers", type=int, default=1, help="processes (1)")
     verify.set_defaults(run=_run_verify)
     audit = commands.add_parser("audit", help="statistics of a dataset, and warnings that mean something")
     audit.add_argument("directory", metavar="DIR")
@@ -162,8 +163,7 @@ def _run_build(options: argparse.Namespace) -> None:
     from data_prep.build import BuildRequest, build, build_part
     from data_prep.parallel import mpi_communicator
 
-    if options.workers < 1:
-        raise ConfigError(f"--workers {options.workers}: must be at least 1")
+    _check_workers(options.workers)
     if options.part is not None and options.mpi:
         raise ConfigError("--part: MPI ranks share a build by themselves; use --mpi or --part, not both")
     part = None if options.part is None else _part(options.part)
@@ -204,6 +204,11 @@ def _part(text: str) -> tuple[int, int]:
             f"--part {text}{where}: {'/'.join(words)} is no K/N with K from 0 to N-1, such as 0/8"
         )
     return int(words[0]), int(words[1])
+
+
+def _check_workers(number: int) -> None:
+    if number < 1:
+        raise ConfigError(f"--workers {number}: must be at least 1")
 
 
 def _abort(comm: Any, error: BaseException) -> None:
@@ -258,7 +263,8 @@ def _run_tokenizer(options: argparse.Namespace) -> None:
 def _run_verify(options: argparse.Namespace) -> None:
     from data_prep.verify import verify_dataset
 
-    manifest = verify_dataset(options.directory)
+    _check_workers(options.workers)
+    manifest = verify_dataset(options.directory, options.workers)
     blocks = sum(len(shard.blocks) for shard in manifest.shards)
     print(
         f"{options.directory}: {len(manifest.shards)} shards, {blocks} blocks, every byte as the manifest says"

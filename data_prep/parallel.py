@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from albert.errors import AlbertError, ConfigError, PeerLostError
@@ -42,11 +43,9 @@ def run_processes(job: Job, step: Step, tasks: Sequence[Task], num_workers: int)
     Raises:
         PeerLostError: a worker was killed.
     """
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(job,))
     waiting = iter(tasks)
     running: set[Future[TaskRecord]] = set()
-    try:
+    with process_pool(num_workers, _start_worker, job) as pool:
         while True:
             while len(running) < 2 * num_workers and (task := next(waiting, None)) is not None:
                 running.add(pool.submit(_run_task, step, task))
@@ -55,6 +54,21 @@ def run_processes(job: Job, step: Step, tasks: Sequence[Task], num_workers: int)
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
+
+
+@contextmanager
+def process_pool(
+    num_workers: int, start: Callable[..., None] | None = None, *arguments: Any
+) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this one and leave Ctrl-C to it; each begins with `start(*arguments)`.
+
+    Raises:
+        PeerLostError: one of them was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_join, initargs=(start, arguments))
+    try:
+        yield pool
     except BrokenProcessPool:
         raise PeerLostError(
             "a worker process was killed (out of memory?); run the same command again to go on, with fewer --workers"
@@ -63,10 +77,11 @@ def run_processes(job: Job, step: Step, tasks: Sequence[Task], num_workers: int)
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker(job: Job) -> None:
+def _join(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _WORKER.append(Worker(job))
+    if start:
+        start(*arguments)
 
 
 def _exit_with_parent() -> None:
@@ -75,6 +90,10 @@ def _exit_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _start_worker(job: Job) -> None:
+    _WORKER.append(Worker(job))
 
 
 def _run_task(step: Step, task: Task) -> TaskRecord:

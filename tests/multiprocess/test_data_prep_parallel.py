@@ -84,6 +84,24 @@ def test_any_number_of_mpi_ranks_gives_the_same_bytes(place, wanted, ranks):
     assert fingerprint(place / f"mpi{ranks}") == wanted
 
 
+def test_several_processes_verify_like_one(place, wanted, tmp_path):
+    program = [sys.executable, "-m", "data_prep", "verify", "--workers"]
+    result = run(place, [*program, "2", "one"])
+    assert result.returncode == 0, result.stderr
+    assert "every byte as the manifest says" in result.stdout
+    copy = tmp_path / "copy"
+    shutil.copytree(place / "one", copy)
+    shard = sorted(copy.glob("train-*.tar"))[2]
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(data)
+    result = run(place, [*program, "3", str(copy)])
+    assert result.returncode == 65
+    assert f"error: {shard}: block 0: checksum mismatch" in result.stderr.splitlines()[-1]
+    result = run(place, [*program, "0", "one"])
+    assert (result.returncode, result.stderr) == (78, "error: --workers 0: must be at least 1\n")
+
+
 def test_duplicates_are_dropped_alike_by_processes_and_ranks(place):
     assert _MPIRUN
     for name, program in (
