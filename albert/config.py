@@ -181,6 +181,8 @@ class LogConfig(_Section):
     interval_steps: int = Field(default=10, ge=1)
     ledger: bool = False
     """Record which examples every step used; `--audit-ledger` proves from it that none was lost or repeated."""
+    profile_steps: int = Field(default=0, ge=0, le=100)
+    """Trace so many steps from the fifth on to RUN/profile, for Perfetto or TensorBoard; `--profile` traces 3."""
     tensorboard: bool = True
     """Write TensorBoard event files beside the JSON lines."""
     progress: Switch = "auto"

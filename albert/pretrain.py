@@ -54,7 +54,7 @@ def _main() -> None:
     stop = StopRequest()
     stop.install()
     arguments = _parse(sys.argv[1:])
-    config = load_run_config(arguments.config, arguments.overrides)
+    config = load_run_config(arguments.config, [*arguments.profile, *arguments.overrides])
     if arguments.show:
         sys.stdout.write(config_text(config))
         return
@@ -94,6 +94,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--config", required=True, help=f"recipe ({', '.join(recipe_names())}) or path of a YAML file"
     )
     parser.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--profile",
+        action="store_const",
+        const=["log.profile_steps=3"],
+        default=[],
+        help="trace three steps to RUN/profile for Perfetto or TensorBoard, and print where their time goes",
+    )
     parser.add_argument(
         "--audit-ledger",
         action="store_true",

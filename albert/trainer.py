@@ -26,6 +26,7 @@ from albert.monitoring import Monitor, measure_matmul_flops_per_s
 from albert.nonfinite import first_bad_tensors
 from albert.optim.schedules import learning_rate
 from albert.probes import Probes
+from albert.profiling import step_profiler
 from albert.replicas import check_replicas
 from albert.run_checkpoints import RunCheckpoints
 from albert.sample_order import step_positions
@@ -75,6 +76,7 @@ class Trainer:
         self._found: list[SkippedStep] = []
         self._probes = Probes(config.probe, Path(config.train.output_dir), monitor)
         self._saved_step = -1
+        self._step_done: Callable[[], None] = lambda: None
         model = config.model
         self._has_dropout = model.hidden_dropout_prob > 0 or model.attention_probs_dropout_prob > 0
 
@@ -99,10 +101,12 @@ class Trainer:
             self._evaluate()
         self._interval = Interval()
         should_stop = False
-        while self.step < last_step and not should_stop:
-            should_stop = self._train_until(last_step)
-            if (should_stop or self.step >= last_step) and self._saved_step != self.step:
-                self._save()
+        directory = Path(self.config.train.output_dir)
+        with step_profiler(directory, self.world, self.config.log.profile_steps) as self._step_done:
+            while self.step < last_step and not should_stop:
+                should_stop = self._train_until(last_step)
+                if (should_stop or self.step >= last_step) and self._saved_step != self.step:
+                    self._save()
         self._probes.close()
         self._finish_save()
         return self.step == train.num_steps
@@ -124,6 +128,7 @@ class Trainer:
         micro_batches = next(steps)
         self._interval.waited_s += time.perf_counter() - began_at
         counts = self.train_step(micro_batches)
+        self._step_done()
         if self._answer_spikes():
             return counts.stop_requests > 0
         if counts.saves_written == self.world.size:

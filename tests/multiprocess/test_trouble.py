@@ -217,3 +217,14 @@ def test_a_killed_run_has_an_exact_ledger(workspace, capfd):
     assert "480 examples in their order, 0 lost, 0 repeated" in report
     lines = (run / "ledger" / "start-0003" / "rank-00000.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 40
+
+
+def test_profiled_steps_leave_a_trace_and_the_same_run(workspace, capfd):
+    assert runs.train(workspace, "profiled", 2, "log.profile_steps=2") == [0, 0]
+    assert runs.train(workspace, "plain", 2) == [0, 0]
+    runs.assert_same_run(workspace / "profiled", workspace / "plain")
+    for rank in range(2):
+        path = workspace / "profiled" / "profile" / f"rank-{rank:05d}.trace.json"
+        names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+        assert {"ProfilerStep#4", "ProfilerStep#5", "aten::addmm"} <= names
+    assert "trace of 2 steps written" in capfd.readouterr().err
