@@ -42,21 +42,33 @@ def read_rows(path: Path) -> Iterator[Row | BadRow]:
         MissingInputError: no such file, or it is empty.
         DataError: a .json file is neither lines of objects nor an array of objects.
     """
-    if not path.is_file():
-        raise MissingInputError(f"{path}: no such file")
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if not data.strip():
-        raise MissingInputError(f"{path}: the file is empty")
+    data = _read(path)
     if path.suffix in {".json", ".jsonl"}:
         return _json_rows(path, data)
     return _csv_rows(path, data) if path.suffix == ".csv" else _tab_rows(data)
 
 
+def read_lines(path: Path) -> Iterator[tuple[int, str | BadRow]]:
+    """Numbered lines of a file, blank ones included.
+
+    Raises:
+        MissingInputError: no such file, or it is empty.
+    """
+    return _lines(_read(path))
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise MissingInputError(f"{path}: no such file")
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if not data.strip():
+        raise MissingInputError(f"{path}: the file is empty")
+    return data
+
+
 def _lines(data: bytes) -> Iterator[tuple[int, str | BadRow]]:
-    """Non-blank lines; only LF and CR LF end a line, since texts may hold other Unicode separators."""
+    """Lines; only LF and CR LF end one, since texts may hold other Unicode separators."""
     for number, raw in enumerate(data.split(b"\n"), start=1):
-        if not raw.strip():
-            continue
         try:
             yield number, raw.removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError as error:
@@ -65,7 +77,10 @@ def _lines(data: bytes) -> Iterator[tuple[int, str | BadRow]]:
 
 def _tab_rows(data: bytes) -> Iterator[Row | BadRow]:
     for number, line in _lines(data):
-        yield line if isinstance(line, BadRow) else Row(number, cells=line.split("\t"))
+        if isinstance(line, BadRow):
+            yield line
+        elif line.strip():
+            yield Row(number, cells=line.split("\t"))
 
 
 def _csv_rows(path: Path, data: bytes) -> Iterator[Row | BadRow]:
@@ -88,6 +103,8 @@ def _json_rows(path: Path, data: bytes) -> Iterator[Row | BadRow]:
     for number, line in _lines(data):
         if isinstance(line, BadRow):
             yield line
+            continue
+        if not line.strip():
             continue
         try:
             fields = json.loads(line)

@@ -212,10 +212,10 @@ def first_literal_answer(example: SpanExample) -> tuple[int, int] | None:
 
 
 def _window_starts(total: int, room: int, stride: int) -> list[int]:
-    """First token of every window: the last one reaches the end."""
+    """First token of every window: the last one reaches the end, and neighbours share at least half of theirs."""
     starts = [0]
     while starts[-1] + room < total:
-        starts.append(starts[-1] + min(room, stride))
+        starts.append(starts[-1] + min(room // 2, stride))
     return starts
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from albert.errors import DataError, MissingInputError
 from albert.finetune.examples import ChoiceExample, Example, SpanExample, TagExample
-from albert.finetune.rows import BadRow
+from albert.finetune.rows import BadRow, read_lines, read_rows
 
 Reader = Callable[[Path, str], tuple[list[Example], list[BadRow]]]
 _LETTERS = "ABCDEFGH"
@@ -25,23 +25,33 @@ def _load_json(path: Path) -> Any:
         raise DataError(f"{path}: not JSON ({error})") from error
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{json.dumps(value, ensure_ascii=False)[:40]}, which is no text")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__} at {error}"
+
+
 def read_squad(path: Path, split: str) -> tuple[list[Example], list[BadRow]]:
     """SQuAD's JSON, also CMRC2018's; rows are counted over the questions."""
     raw = _load_json(path)
     examples: list[Example] = []
     bad: list[BadRow] = []
-    number = 0
     try:
         paragraphs = [paragraph for article in raw["data"] for paragraph in article["paragraphs"]]
-    except (KeyError, TypeError) as error:
+        questions = [
+            (paragraph, question) for paragraph in paragraphs for question in paragraph.get("qas", [])
+        ]
+    except (AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{path}: no list of 'data' with 'paragraphs'; this is not SQuAD's JSON") from error
-    for paragraph in paragraphs:
-        for question in paragraph.get("qas", []):
-            number += 1
-            try:
-                examples.append(_span_example(paragraph["context"], question, split))
-            except (KeyError, TypeError, ValueError) as error:
-                bad.append(BadRow(number, f"{type(error).__name__} at {error}"))
+    for number, (paragraph, question) in enumerate(questions, start=1):
+        try:
+            examples.append(_span_example(_text(paragraph["context"]), question, split))
+        except (KeyError, TypeError, ValueError) as error:
+            bad.append(BadRow(number, _reason(error)))
     return examples, bad
 
 
@@ -49,56 +59,68 @@ def _span_example(context: str, question: dict[str, Any], split: str) -> SpanExa
     is_labelled = "answers" in question
     if not is_labelled and split != "test":
         raise ValueError("a question without 'answers'")
-    answers = tuple((str(a["text"]), int(a["answer_start"])) for a in question.get("answers", []))
+    answers = tuple((_text(a["text"]), int(a["answer_start"])) for a in question.get("answers", []))
     impossible = bool(question.get("is_impossible", is_labelled and not answers))
-    return SpanExample(
-        str(question["id"]).strip(), str(question["question"]), context, answers, impossible, is_labelled
-    )
+    guid = str(question["id"]).strip()
+    return SpanExample(guid, _text(question["question"]), context, answers, impossible, is_labelled)
 
 
 def read_race(path: Path, split: str) -> tuple[list[Example], list[BadRow]]:
     """RACE: a folder of JSON files (also in `middle` and `high`), or one object per line."""
+    bad: list[BadRow] = []
+    passages: list[tuple[str, Any]] = []
     if path.is_dir():
         files = sorted(path.rglob("*.txt")) or sorted(path.rglob("*.json"))
         passages = [(file.stem, _load_json(file)) for file in files]
     else:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        passages = [(str(n), json.loads(line)) for n, line in enumerate(lines, start=1) if line.strip()]
-    if not passages:
+        for row in read_rows(path):
+            if isinstance(row, BadRow):
+                bad.append(row)
+            else:
+                passages.append((str(row.number), row.fields))
+    if not passages and not bad:
         raise MissingInputError(f"{path}: no RACE passage there")
     examples: list[Example] = []
-    bad: list[BadRow] = []
     for number, (name, passage) in enumerate(passages, start=1):
         try:
-            answers = passage.get("answers") or [None] * len(passage["questions"])
-            triples = zip(passage["questions"], passage["options"], answers, strict=True)
-            for index, (question, options, answer) in enumerate(triples):
-                label = _LETTERS.index(answer) if answer is not None else None
-                _check_choice(label, options, split)
-                guid = f"{passage.get('id', name)}-{index}"
-                examples.append(ChoiceExample(guid, passage["article"], question, tuple(options), label))
+            examples += _passage_examples(name, passage, split)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            bad.append(BadRow(number, f"{type(error).__name__} at {error}"))
+            bad.append(BadRow(number, _reason(error)))
     return examples, bad
+
+
+def _passage_examples(name: str, passage: Any, split: str) -> list[ChoiceExample]:
+    examples = []
+    answers = passage.get("answers") or [None] * len(passage["questions"])
+    triples = zip(passage["questions"], passage["options"], answers, strict=True)
+    for index, (question, options, answer) in enumerate(triples):
+        label = _LETTERS.index(answer) if answer is not None else None
+        _check_choice(label, options, split)
+        guid = f"{passage.get('id', name)}-{index}"
+        texts = tuple(_text(option) for option in options)
+        examples.append(ChoiceExample(guid, _text(passage["article"]), _text(question), texts, label))
+    return examples
 
 
 def read_c3(path: Path, split: str) -> tuple[list[Example], list[BadRow]]:
     """C3: an array of [[sentences], [{question, choice, answer}], id]."""
+    entries = _load_json(path)
+    if not isinstance(entries, list):
+        raise DataError(f"{path}: not an array; this is not C3's JSON")
     examples: list[Example] = []
     bad: list[BadRow] = []
-    for number, entry in enumerate(_load_json(path), start=1):
+    for number, entry in enumerate(entries, start=1):
         try:
             sentences, questions, name = entry
+            context = "\n".join(sentences)
             for index, question in enumerate(questions):
-                options = tuple(map(str, question["choice"]))
+                options = tuple(_text(option) for option in question["choice"])
                 label = options.index(question["answer"]) if question.get("answer") else None
                 _check_choice(label, options, split)
-                context = "\n".join(sentences)
-                examples.append(
-                    ChoiceExample(f"{name}-{index}", context, question["question"], options, label)
-                )
-        except (KeyError, TypeError, ValueError) as error:
-            bad.append(BadRow(number, f"{type(error).__name__} at {error}"))
+                text = _text(question["question"])
+                examples.append(ChoiceExample(f"{name}-{index}", context, text, options, label))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            bad.append(BadRow(number, _reason(error)))
     return examples, bad
 
 
@@ -111,8 +133,6 @@ def _check_choice(label: int | None, options: Any, split: str) -> None:
 
 def read_conll(path: Path, split: str) -> tuple[list[Example], list[BadRow]]:
     """One word per line, first column the word, last column the tag, blank lines between sentences."""
-    if not path.is_file() or not path.stat().st_size:
-        raise MissingInputError(f"{path}: no such file, or it is empty")
     examples: list[Example] = []
     bad: list[BadRow] = []
     words: list[str] = []
@@ -127,7 +147,10 @@ def read_conll(path: Path, split: str) -> tuple[list[Example], list[BadRow]]:
         words.clear()
         tags.clear()
 
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in read_lines(path):
+        if isinstance(line, BadRow):
+            bad.append(line)
+            continue
         cells = line.split()
         if not cells or cells[0] == "-DOCSTART-":
             close_sentence()

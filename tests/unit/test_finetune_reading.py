@@ -215,3 +215,25 @@ def test_every_task_of_the_table_is_whole():
         assert set(task.files) == {"train", "dev", "test"}
         assert (task.columns is not None) == (task.form == "rows"), name
         assert task.kind != "classification" or task.labels, name
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "content", "message"),
+    [
+        ("squad", "train-v1.1.json", b'{"data": [{"paragraphs": [null]}]}', "this is not SQuAD's JSON"),
+        ("squad", "train-v1.1.json", b'{"data": [{"paragraphs": [{"qas": [{}]}]}]}', "row 1: KeyError at 'context'"),
+        ("c3", "train.json", b"true", "not an array; this is not C3's JSON"),
+        ("c3", "train.json", b'[[["s"], [{"question": 5, "choice": ["a", "b"], "answer": "a"}], 1]]',
+         "row 1: ValueError at 5, which is no text"),
+        ("race", "train.jsonl", b'{"article', "row 1: not JSON (Unterminated string starting at)"),
+        ("race", "train.jsonl", b'{"article": "\xc9"}', "row 1: byte 13 is not UTF-8"),
+        ("race", "train.jsonl", b'{"article": 1, "questions": ["q"], "options": [["a", "b"]], "answers": ["A"]}',
+         "row 1: ValueError at 1, which is no text"),
+        ("msra-ner", "train.txt", b"a O\nb\x80 O\n", "row 2: byte 1 is not UTF-8"),
+    ],
+)  # fmt: skip
+def test_files_of_other_forms_are_refused_in_one_line(tmp_path, task, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_split(find_task(task), tmp_path, "train")
+    assert message in str(caught.value)
