@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from albert import checkpoint, loss_spikes
 from albert.errors import end_rank
@@ -202,19 +203,22 @@ def test_a_replica_with_one_flipped_bit_is_named(workspace, capfd, stage):
     )
 
 
-def test_a_killed_run_has_an_exact_ledger(workspace, capfd):
+def test_a_killed_run_whose_ranks_and_batch_change_has_an_exact_ledger(workspace, capfd):
     options = ("log.ledger=true", "train.num_steps=40")
     run = workspace / "ledger"
     for world_size, step in [(2, 8), (3, 17), (1, 27)]:
         ranks = runs.start(workspace, run.name, world_size, "train.micro_batch_size=2", *options)
         runs.wait_until(lambda step=step: runs.last_step(run) >= step, f"step {step}")
         runs.kill_all(ranks)
-    assert runs.train(workspace, run.name, 2, *options) == [0, 0]
+    resumed_at = checkpoint.list_steps(run / "checkpoints")[-1]
+    twice = ("train.global_batch_size=24", "checkpoint.allow_changes=[train.global_batch_size]")
+    assert runs.train(workspace, run.name, 2, *options, *twice) == [0, 0]
     capfd.readouterr()
     assert audit(workspace, run.name, *options) == [0]
     report = capfd.readouterr().out
     assert report.startswith("40 steps in 4 starts, ")
-    assert "480 examples in their order, 0 lost, 0 repeated" in report
+    num_examples = 12 * resumed_at + 24 * (40 - resumed_at)
+    assert f"{num_examples} examples in their order, 0 lost, 0 repeated" in report
     lines = (run / "ledger" / "start-0003" / "rank-00000.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 40
 
@@ -228,3 +232,30 @@ def test_profiled_steps_leave_a_trace_and_the_same_run(workspace, capfd):
         names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
         assert {"ProfilerStep#4", "ProfilerStep#5", "aten::addmm"} <= names
     assert "trace of 2 steps written" in capfd.readouterr().err
+
+
+def test_the_loss_scale_of_fp16_goes_on_after_a_stop(workspace):
+    """An overflow before the stop halves the scale; the history of the scaler decides when it grows again."""
+    options = ("train.precision=fp16", "deepspeed.config=zero1")
+    assert codes(workspace, "fp16-whole", 2, overflow_once, *options) == [0, 0]
+    assert codes(workspace, "fp16-parts", 2, overflow_once, *options, "train.stop_after_steps=9") == [75, 75]
+    assert codes(workspace, "fp16-parts", 2, overflow_once, *options) == [0, 0]
+    runs.assert_same_run(workspace / "fp16-whole", workspace / "fp16-parts")
+    states = [
+        checkpoint.read_manifest(checkpoint.find_latest(workspace / name)).state.loss_scaler
+        for name in ("fp16-whole", "fp16-parts")
+    ]
+    assert states[0] == states[1]
+    assert states[0]["last_overflow_iter"] > 0
+
+
+def overflow_once() -> None:
+    """At step 7 the loss is infinite. Every CPU computes in fp16; DeepSpeed allows only those that do it fast."""
+    get_accelerator().is_fp16_supported = lambda: True
+    original = Trainer._forward
+
+    def forward(self, *arguments, **options):
+        loss, values = original(self, *arguments, **options)
+        return (loss * float("inf") if self.step == 6 else loss), values
+
+    Trainer._forward = forward
