@@ -163,7 +163,7 @@ def _run_build(options: argparse.Namespace) -> None:
     from data_prep.build import BuildRequest, build, build_part
     from data_prep.parallel import mpi_communicator
 
-    _check_workers(options.workers)
+    _check_positive("--workers", options.workers)
     if options.part is not None and options.mpi:
         raise ConfigError("--part: MPI ranks share a build by themselves; use --mpi or --part, not both")
     part = None if options.part is None else _part(options.part)
@@ -206,9 +206,9 @@ def _part(text: str) -> tuple[int, int]:
     return int(words[0]), int(words[1])
 
 
-def _check_workers(number: int) -> None:
+def _check_positive(option: str, number: int) -> None:
     if number < 1:
-        raise ConfigError(f"--workers {number}: must be at least 1")
+        raise ConfigError(f"{option} {number}: must be at least 1")
 
 
 def _abort(comm: Any, error: BaseException) -> None:
@@ -263,7 +263,7 @@ def _run_tokenizer(options: argparse.Namespace) -> None:
 def _run_verify(options: argparse.Namespace) -> None:
     from data_prep.verify import verify_dataset
 
-    _check_workers(options.workers)
+    _check_positive("--workers", options.workers)
     manifest = verify_dataset(options.directory, options.workers)
     blocks = sum(len(shard.blocks) for shard in manifest.shards)
     print(
@@ -272,8 +272,10 @@ def _run_verify(options: argparse.Namespace) -> None:
 
 
 def _run_audit(options: argparse.Namespace) -> None:
-    from data_prep.audit import audit_dataset, report_lines
+    from data_prep.audit import audit_dataset
+    from data_prep.audit_report import report_lines
 
+    _check_positive("--max-blocks", options.max_blocks)
     audit = audit_dataset(options.directory, options.max_blocks)
     print("\n".join(report_lines(audit)))
     if options.html:
@@ -286,6 +288,7 @@ def _run_audit(options: argparse.Namespace) -> None:
 def _run_show(options: argparse.Namespace) -> None:
     from data_prep.show import show_examples
 
+    _check_positive("--examples", options.examples)
     print("\n\n".join(show_examples(options.directory, options.split, options.examples)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,39 @@ def read_blocks(
         reader.close()
 
 
+@dataclass(frozen=True)
+class ShownExample:
+    """One example in pieces."""
+
+    where: str
+    order: str
+    """in order, swapped, or one segment"""
+    segment_a_length: int
+    original: tuple[str, ...]
+    """[tokens]"""
+    masked: tuple[str, ...]
+    """[tokens]"""
+    predicted: tuple[int, ...]
+    """[preds] positions; the labels are the original pieces there"""
+
+    @property
+    def title(self) -> str:
+        """Where it lies and what it is."""
+        return f"{self.where}: {len(self.original)} tokens, A {self.segment_a_length}, {self.order}"
+
+    @property
+    def labels(self) -> list[str]:
+        """[preds] `position:piece`."""
+        return [f"{position}:{self.original[position]}" for position in self.predicted]
+
+    def text(self) -> str:
+        """Original, masked and labels below each other, for a terminal."""
+        return (
+            f"{self.title}\n  original: {' '.join(self.original)}\n  masked:   {' '.join(self.masked)}\n"
+            f"  labels:   {', '.join(self.labels)}"
+        )
+
+
 def show_examples(directory: Path | str, split: str, count: int) -> list[str]:
     """Examples as text, spread over the dataset: original, masked, labels.
 
@@ -42,23 +76,21 @@ def show_examples(directory: Path | str, split: str, count: int) -> list[str]:
     shown: list[str] = []
     for where, block in read_blocks(directory, manifest, split, count):
         take = min(per_block, block.num_examples, count - len(shown))
-        shown += [describe_example(block, i, f"{where}, example {i}", tokenizer) for i in range(take)]
+        shown += [take_example(block, i, f"{where}, example {i}", tokenizer).text() for i in range(take)]
     return shown
 
 
-def describe_example(block: Block, index: int, where: str, tokenizer: Tokenizer) -> str:
-    """One example side by side: original, masked, labels with their positions."""
+def take_example(block: Block, index: int, where: str, tokenizer: Tokenizer) -> ShownExample:
+    """One example of a block."""
     begin = int(block.lengths[:index].sum(dtype=np.int64))
     end = begin + int(block.lengths[index])
     first = int(block.num_masked[:index].sum(dtype=np.int64))
-    preds = slice(first, first + int(block.num_masked[index]))
-    order = {0: "in order", 1: "swapped"}.get(int(block.sentence_order_labels[index]), "one segment")
-    original = tokenizer.pieces(block.original_ids()[begin:end].tolist())
-    masked = tokenizer.pieces(block.input_ids[begin:end].tolist())
-    labels = tokenizer.pieces(block.masked_lm_labels[preds].tolist())
-    positions = block.masked_lm_positions[preds].tolist()
-    pairs = ", ".join(f"{p}:{label}" for p, label in zip(positions, labels, strict=True))
-    return (
-        f"{where}: {end - begin} tokens, A {int(block.segment_a_lengths[index])}, {order}\n"
-        f"  original: {' '.join(original)}\n  masked:   {' '.join(masked)}\n  labels:   {pairs}"
+    predicted = block.masked_lm_positions[first : first + int(block.num_masked[index])]
+    return ShownExample(
+        where=where,
+        order={0: "in order", 1: "swapped"}.get(int(block.sentence_order_labels[index]), "one segment"),
+        segment_a_length=int(block.segment_a_lengths[index]),
+        original=tuple(tokenizer.pieces(block.original_ids()[begin:end].tolist())),
+        masked=tuple(tokenizer.pieces(block.input_ids[begin:end].tolist())),
+        predicted=tuple(predicted.tolist()),
     )

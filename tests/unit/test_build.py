@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import html
 import json
 import os
 import re
@@ -18,8 +20,9 @@ from albert.masking import MaskingPolicy
 from albert.shards import Manifest, ShardReader, read_manifest
 from albert.tokenization import load_tokenizer
 from data_prep import plan, worker
-from data_prep.audit import audit_dataset, ngram_law, report_lines, warnings
+from data_prep.audit import audit_dataset, ngram_law
 from data_prep.audit_html import write_html
+from data_prep.audit_report import most_predicted, report_lines, warnings
 from data_prep.build import BuildRequest, build
 from data_prep.cli import _main
 from data_prep.settings import BuildSettings
@@ -375,10 +378,36 @@ def test_audit_measures_what_is_there(dataset, tmp_path):
     assert ngram_law(audit)[2] < 5
     assert not [text for text in warnings(audit) if "defective" in text]
     assert any("law 54.5 27.3 18.2 %" in line for line in report_lines(audit))
+    assert audit.position_expected.sum() == pytest.approx(audit.masked)
+    assert audit.position_deviation < 0.15
+    assert audit.frequencies.sum() == audit.position_tokens.sum()
+    for _, of_predictions, of_text in most_predicted(audit):
+        assert of_predictions == pytest.approx(of_text, rel=0.25)
+
+
+def test_the_html_report_shows_examples_side_by_side(dataset, tmp_path):
+    audit = audit_dataset(dataset)
     write_html(audit, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert "data:image/png;base64," in page
-    assert "&lt;unk&gt;" in page or "[MASK]" in page
+    image = re.search(r"data:image/png;base64,([^\"]+)", page)
+    assert image
+    assert base64.b64decode(image[1]).startswith(b"\x89PNG")
+    assert page.count("<mark class=mask>[MASK]</mark>") > 5
+    example = audit.samples[0]
+    rows = re.search(
+        rf"{re.escape(example.title)}</th></tr><tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>", page
+    )
+    assert rows
+    plain = [html.unescape(re.sub("<[^>]*>", "", cell)) for cell in rows.groups()]
+    for cell, pieces in ((plain[0], example.original), (plain[1], example.masked)):
+        assert cell.replace(" ", "") == "".join(pieces).replace("\u2581", "")
+    assert plain[2] == ", ".join(f"{i}:{example.original[i]}" for i in example.predicted)
+
+
+def test_audit_warns_of_masks_that_prefer_some_positions(dataset):
+    audit = audit_dataset(dataset)
+    audit.position_masked[:60] //= 2
+    assert any("% off an even spread over the positions" in text for text in warnings(audit))
 
 
 def test_audit_warns_of_what_matters(place, tmp_path):
@@ -476,6 +505,14 @@ def test_commands_print_what_they_did(place, tmp_path, capsys):
     ):
         _main([*command, output])
         assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["show", "--examples"], ["audit", "--max-blocks"], ["verify", "--workers"]]
+)
+def test_numbers_below_one_are_refused(dataset, arguments):
+    with pytest.raises(ConfigError, match=f"{arguments[1]} 0: must be at least 1"):
+        _main([arguments[0], str(dataset), arguments[1], "0"])
 
 
 def test_jieba_missing_is_said(place, tmp_path, monkeypatch):
