@@ -67,6 +67,17 @@ def test_one_command_trains_to_the_same_losses_and_ends_with_the_ranks_code(
     assert sorted(path.name for path in logs.glob("*.log")) == ["rank-0.log", "rank-1.log"]
 
 
+def test_hosts_make_the_shards_of_a_single_build_in_parts(hosts, text, tokenizer, local_shards, tmp_path):
+    words = ["hosts", "--hostfile", str(hosts.hostfile), "data", "build"]
+    options = ["--max-seq-length", "32", "--eval-fraction", "0.1", "--workers", "1"]
+    files = ["--input", str(text), "--tokenizer", str(tokenizer), "--output", "data"]
+    said = end(hosts.launch("ctl", tmp_path, *words, *files, *options), 0)
+    assert "data: part 0/2 is done" in said
+    assert "data: 2 shards, manifest " in said
+    for path in local_shards.iterdir():
+        assert path.is_dir() or (tmp_path / "data" / path.name).read_bytes() == path.read_bytes()
+
+
 @pytest.mark.slow
 def test_a_signal_to_the_launcher_commits_on_all_hosts(hosts, local_shards, tmp_path):
     words = ["hosts", "--hostfile", str(hosts.hostfile)]
