@@ -41,6 +41,18 @@ class _ColumnNames(BaseModel):
     id: str | int | None = None
 
 
+class _Options(BaseModel):
+    """Of span tasks, `max_query_length` of multiple choice too; see `Task.options`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    doc_stride: int | None = Field(default=None, ge=1)
+    max_query_length: int | None = Field(default=None, ge=1)
+    max_answer_length: int | None = Field(default=None, ge=1)
+    language: Literal["en", "zh"] | None = None
+    null_answers: bool | None = None
+
+
 class _TaskFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,7 +66,7 @@ class _TaskFile(BaseModel):
     batch_size: int = Field(default=32, ge=1)
     epochs: float = Field(default=3.0, gt=0)
     max_seq_length: int = Field(default=128, ge=8)
-    options: dict[str, int | float | str | bool] = {}
+    options: _Options = _Options()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -104,7 +116,7 @@ def read_task(path: Path) -> Task:
         columns=_columns(file.columns) if file.columns else None,
         labels=file.labels,
         form=file.form,
-        options=file.options,
+        options=file.options.model_dump(exclude_none=True),
     )
 
 
@@ -136,5 +148,6 @@ def _describe(item: Any) -> str:
     if item["type"] == "missing":
         return f"{key}: missing"
     if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key; known are {', '.join(_TaskFile.model_fields)}"
+        known = _Options if item["loc"][0] == "options" else _TaskFile
+        return f"{key}: unknown key; known are {', '.join(known.model_fields)}"
     return f"{key}: {message}, got {item['input']!r}" if key else message

@@ -25,9 +25,7 @@ from albert.finetune.preparation import find_model_directory
 from albert.finetune.reading import Split
 from albert.finetune.task_card import TaskCard
 from albert.finetune.task_data import make_task_data
-from albert.finetune.task_definition import Recipe, Task
 from albert.finetune.task_model import build_model, initialise
-from albert.finetune.tasks import TASKS
 from albert.pretrained import load_pretrained
 from albert.tokenization import load_tokenizer
 
@@ -55,7 +53,7 @@ class Predictor:
         if tokenizer_path is None:
             raise MissingInputError(f"{source}: no spiece.model or vocab.txt there; copy the model again")
         self.card = card
-        self.task = TASKS.get(card.task) or _bare_task(card)
+        self.task = card.as_task()
         self.tokenizer = load_tokenizer(tokenizer_path)
         self.device = device
         self.model = build_model(self.task, card.labels, config, seed=0)
@@ -74,9 +72,14 @@ class Predictor:
         return [{k: v for k, v in p.items() if k not in {"label", "words"}} for p in data.predictions(rows)]
 
 
-def _bare_task(card: TaskCard) -> Task:
-    """A task of the user's own: prediction needs its kind only."""
-    return Task(card.task, card.kind, "", card.metric, Recipe(1e-5, 1, epochs=1), {})
+_KEYS: dict[str, tuple[str, ...]] = {
+    "classification": ("text_a",),
+    "regression": ("text_a",),
+    "span": ("question", "context"),
+    "choice": ("context", "question", "options"),
+    "tagging": ("words",),
+}
+_LISTS = {"options", "words"}
 
 
 def parse_example(kind: str, line: str, number: int) -> Example:
@@ -85,35 +88,55 @@ def parse_example(kind: str, line: str, number: int) -> Example:
     Raises:
         DataError: not a JSON object with the keys that the kind of task needs.
     """
-    needed = {
-        "span": ("question", "context"),
-        "choice": ("context", "question", "options"),
-        "tagging": ("words",),
-    }.get(kind, ("text_a",))
+    keys = _KEYS[kind]
     try:
         fields = json.loads(line)
-        missing = [key for key in needed if not fields[key]]
+        values = {key: fields[key] for key in keys}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"line {number}: wanted a JSON object with {', '.join(needed)} ({type(error).__name__}: {error})"
+            f"line {number}: wanted a JSON object with {', '.join(keys)} ({type(error).__name__}: {error})"
         ) from error
-    if missing:
-        raise DataError(f"line {number}: {missing[0]} is empty")
-    guid = str(fields.get("id", number))
+    if isinstance(fields.get("text_b"), str) and "text_a" in keys:
+        values["text_b"] = fields["text_b"]
+    for key, value in values.items():
+        is_text = isinstance(value, list) and all(isinstance(part, str) for part in value)
+        if not (is_text if key in _LISTS else isinstance(value, str)):
+            raise DataError(f"line {number}: {key} is no {'list of texts' if key in _LISTS else 'text'}")
+        if not value:
+            raise DataError(f"line {number}: {key} is empty")
+    return _example(kind, str(fields.get("id", number)), values)
+
+
+def _example(kind: str, guid: str, values: dict[str, Any]) -> Example:
     if kind == "span":
-        return SpanExample(guid, fields["question"], fields["context"], (), is_labelled=False)
+        return SpanExample(guid, values["question"], values["context"], (), is_labelled=False)
     if kind == "choice":
-        return ChoiceExample(guid, fields["context"], fields["question"], tuple(fields["options"]), None)
+        return ChoiceExample(guid, values["context"], values["question"], tuple(values["options"]), None)
     if kind == "tagging":
-        return TagExample(guid, tuple(fields["words"]), None)
-    return TextExample(guid, fields["text_a"], fields.get("text_b"), None)
+        return TagExample(guid, tuple(values["words"]), None)
+    return TextExample(guid, values["text_a"], values.get("text_b"), None)
 
 
 def predict_lines(predictor: Predictor, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Predictions of JSON lines, a chunk at a time, so that a stream of any length is served."""
+    """Predictions of JSON lines, a chunk at a time, so that a stream of any length is served.
+
+    Raises:
+        DataError: a line is not what the task needs, or only some lines have a second text.
+    """
     numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    are_pairs: bool | None = None
     while chunk := tuple(itertools.islice(numbered, _CHUNK)):
-        yield from predictor.predict([parse_example(predictor.task.kind, line, n) for n, line in chunk])
+        examples = [parse_example(predictor.task.kind, line, number) for number, line in chunk]
+        for (number, _), example in zip(chunk, examples, strict=True):
+            if not isinstance(example, TextExample):
+                break
+            is_pair = example.text_b is not None
+            are_pairs = is_pair if are_pairs is None else are_pairs
+            if is_pair != are_pairs:
+                raise DataError(
+                    f"line {number}: text_b is {'given' if is_pair else 'missing'}, unlike before"
+                )
+        yield from predictor.predict(examples)
 
 
 def run_predict(arguments: Sequence[str]) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from albert.durable_files import write_file_durably
 from albert.finetune.metrics import confusion
 from albert.finetune.text_data import TextData
-from albert.shards import write_file_durably
 
 _WORST = 20
 _MAX_LABELS = 30

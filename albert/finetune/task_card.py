@@ -9,7 +9,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from albert.errors import DataError
-from albert.finetune.task_definition import Kind, Task
+from albert.finetune.task_definition import Kind, Recipe, Task
 
 TASK_CARD_NAME = "task.json"
 
@@ -28,6 +28,8 @@ class TaskCard(BaseModel):
     score: float | None
     """Best value of the metric on the dev split."""
     seed: int
+    options: dict[str, int | float | str | bool] = {}
+    """Of the task: how long an answer may be, whether there may be none, and the like."""
 
     @classmethod
     def read(cls, directory: Path) -> Self | None:
@@ -43,6 +45,12 @@ class TaskCard(BaseModel):
             return cls.model_validate(json.loads(path.read_bytes()))
         except (ValueError, ValidationError) as error:
             raise DataError(f"{path}: damaged ({str(error).splitlines()[0]}); fine-tune again") from error
+
+    def as_task(self) -> Task:
+        """What prediction needs of the task, whether or not it is one of the table."""
+        return Task(
+            self.task, self.kind, "", self.metric, Recipe(1e-5, 1, epochs=1), {}, options=self.options
+        )
 
     def encode(self) -> bytes:
         """Content of the file."""

@@ -77,4 +77,4 @@ class Task:
     submission: tuple[str, str] | None = None
     """(form, file name) of the benchmark's upload; form `glue` or `clue`."""
     options: Mapping[str, int | float | str | bool] = field(default_factory=dict)
-    """Settings of one kind: `doc_stride max_query_length max_answer_length n_best null_answers language`."""
+    """Settings of one kind: `doc_stride max_query_length max_answer_length null_answers language`."""

@@ -153,7 +153,6 @@ _SPAN: dict[str, int | float | str | bool] = {
     "doc_stride": 128,
     "max_query_length": 64,
     "max_answer_length": 30,
-    "n_best": 20,
     "language": "en",
     "null_answers": False,
 }

@@ -163,6 +163,7 @@ def _save_model(prepared: Prepared, settings: FinetuneSettings, tuner: FineTuner
         metric=settings.metric,
         score=tuner.progress.best_score,
         seed=settings.seed,
+        options=dict(prepared.task.options),
     )
     files = {"task.json": card.encode()}
     save_pretrained(output / MODEL_NAME, prepared.config, tuner.best, prepared.tokenizer.path, files)

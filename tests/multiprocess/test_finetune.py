@@ -13,11 +13,13 @@ import torch
 
 from albert.distributed import close_world, init_world
 from albert.errors import ConfigError, DataError, MissingInputError
+from albert.finetune.predict import predict_lines
 from albert.finetune.preparation import prepare
 from albert.finetune.request import Request
 from albert.finetune.run import run_once
 from albert.finetune.settings import settings_for
 from albert.finetune.sweep import run_sweep
+from albert.finetune.task_definition import Recipe, Task
 from albert.finetune.tasks import find_task
 from albert.pretrained import load_pretrained
 from albert.stopping import StopRequest
@@ -221,6 +223,30 @@ def test_prediction_serves_json_lines(trained, inputs):
     )
     assert bad.returncode == 65
     assert "line 1: wanted a JSON object with text_a (KeyError: 'text_a')" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines", "message"),
+    [
+        ("classification", ['{"text_a": 5}'], "line 1: text_a is no text"),
+        ("classification", ['{"text_a": ""}'], "line 1: text_a is empty"),
+        ("classification", ["[1]"], "line 1: wanted a JSON object with text_a"),
+        ("tagging", ['{"words": "abc"}'], "line 1: words is no list of texts"),
+        ("choice", ['{"context": "c", "question": "q", "options": ["a", 1]}'], "line 1: options is no list of texts"),
+        ("classification", ['{"text_a": "a", "text_b": "b"}', '{"text_a": "a"}'],
+         "line 2: text_b is missing, unlike before"),
+    ],
+)  # fmt: skip
+def test_lines_that_cannot_be_answered_are_refused(kind, lines, message):
+    class _Silent:
+        task = Task("t", kind, "", "accuracy", Recipe(1e-5, 1, epochs=1), {})
+
+        def predict(self, examples):
+            return [{} for _ in examples]
+
+    with pytest.raises(DataError) as caught:
+        list(predict_lines(_Silent(), lines))
+    assert message in str(caught.value)
 
 
 def _sweep(request: Request) -> dict:

@@ -146,6 +146,10 @@ def test_a_task_of_ones_own(tmp_path):
         (_CUSTOM.replace("[1, 2, 3]", "[1]"), "labels are at least two different words"),
         ("name: x\nkind: span\n", "a span task needs form: squad"),
         ("name: x\nkind: regression\n", "a regression task needs columns"),
+        (
+            "name: x\nkind: span\nform: squad\noptions: {doc_strid: 5}\n",
+            "doc_strid: unknown key; known are doc_stride",
+        ),
         ("name: [\n", "not valid YAML"),
     ],
 )
