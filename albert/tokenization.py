@@ -18,6 +18,7 @@ import struct
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -366,8 +367,15 @@ def _strip_accents(text: str) -> str:
 
 def _drop_combining(text: str) -> str:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    accents = _COMBINING[np.minimum(codes, len(_COMBINING) - 1)]
+    table = _combining()
+    accents = table[np.minimum(codes, len(table) - 1)]
     return codes[~accents].tobytes().decode("utf-32-le", "surrogatepass") if accents.any() else text
+
+
+@cache
+def _combining() -> NDArray[np.bool_]:
+    """[code points] combining characters; no higher plane has any, and the last entry stands for all of them."""
+    return np.array([unicodedata.combining(chr(code)) > 0 for code in range(0x20000)])
 
 
 def ends_in_number_comma(piece: str) -> bool:
@@ -411,6 +419,3 @@ _NO_SPACES = (
 _NO_SPACES_START = re.compile(f"[{_NO_SPACES}]")
 _SPACES_TO_PYTHON_ONLY = "\x0b\x1c\x1d\x1e\x1f\x85"
 """Characters at which ALBERT's `split()` divides words; SentencePiece would drop or keep them."""
-
-_COMBINING = np.array([unicodedata.combining(chr(code)) > 0 for code in range(0x20000)])
-"""[code points] combining characters; no higher plane has any, and the last entry stands for all of them"""

@@ -47,8 +47,6 @@ def train_tokenizer(
         ConfigError: the vocabulary does not fit the text.
         UnsafeError: there is a tokenizer already.
     """
-    import sentencepiece
-
     target = output / SENTENCEPIECE_FILE
     if target.exists():
         raise UnsafeError(f"{target}: exists; remove it or name another --output")
@@ -59,6 +57,20 @@ def train_tokenizer(
         raise MissingInputError(f"--input {' '.join(inputs)}: holds no text to learn from")
     if character_coverage is None:
         character_coverage = _CHINESE_COVERAGE if _is_chinese(sentences) else _COVERAGE
+    model = _train_model(sentences, vocab_size, character_coverage)
+    output.mkdir(parents=True, exist_ok=True)
+    write_file_durably(target, [model])
+    return target
+
+
+def _train_model(sentences: Sequence[str], vocab_size: int, character_coverage: float) -> bytes:
+    """A unigram model with ALBERT's special tokens.
+
+    Raises:
+        ConfigError: the vocabulary does not fit the text.
+    """
+    import sentencepiece
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
@@ -81,9 +93,7 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise ConfigError(f"--vocab-size {vocab_size}: {_reason(str(error))}") from error
-    output.mkdir(parents=True, exist_ok=True)
-    write_file_durably(target, [model.getvalue()])
-    return target
+    return model.getvalue()
 
 
 def _reason(message: str) -> str:
