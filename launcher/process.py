@@ -70,6 +70,15 @@ def start_time(pid: int) -> str | None:
     return None if state == "Z" else rest[18]
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal; False where it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
+
+
 def send(pid: int, started: str | None, number: int) -> bool:
     """Signal a process if it is still the one that started at `started`; says whether it was."""
     if started is None or start_time(pid) != started:

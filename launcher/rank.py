@@ -23,7 +23,7 @@ from typing import IO
 from albert.errors import ConfigError, run_command
 from launcher.job import Job
 from launcher.outcome import RankEnd
-from launcher.process import child_setup, die_with_parent, signals_held, start_time
+from launcher.process import catches, child_setup, die_with_parent, signals_held, start_time
 from launcher.records import read_signals, write_record
 
 _POLL_S = 1.0
@@ -89,6 +89,9 @@ def _pass_signals_on(child: subprocess.Popen[bytes], job: Job, held: set[signal.
             numbers += asked[num_seen:] if signal.SIGKILL not in asked else [int(signal.SIGKILL)]
             num_seen = len(asked)
         for number in numbers:
+            if number == signal.SIGINT and not catches(child.pid, signal.SIGTERM):
+                # Still starting: an interrupt in the middle of an import ends with any exit code, SIGTERM with one.
+                number = signal.SIGTERM  # noqa: PLW2901
             child.send_signal(number)
             sent.append(int(number))
     stops = held - {signal.SIGCHLD}

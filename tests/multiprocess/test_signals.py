@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from albert import checkpoint
+from launcher.process import catches
 from tests.ranks import Ranks
 from tests.runs import (
     ENDLESS,
@@ -62,12 +63,6 @@ def is_in_phase(run: Path, phase: str) -> bool:
     )  # the line of its evaluation is still to come
 
 
-def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
-
-
 def send_twice(pids: list[int], number: int) -> None:
     for pid in pids * 2:
         os.kill(pid, number)
@@ -77,7 +72,7 @@ def signal_ranks(ranks: Ranks, targets: list[int], run: Path, phase: str, number
     """Stop the ranks in the phase, so that they are still in it when the signal is sent."""
     pids = [process.pid for process in ranks.processes]
     if phase == "start":
-        wait_until(lambda: all(catches(pid, number) for pid in pids), "handlers")
+        wait_until(lambda: all(catches(pid, signal.SIGUSR2) for pid in pids), "their handlers")
         send_twice([pids[rank] for rank in targets], number)
         return
     while True:
@@ -123,7 +118,7 @@ def cells() -> Iterator[Any]:
         yield pytest.param(number, target, phase, marks=marks, id=f"{number.name}-{target}-{phase}")
 
 
-@pytest.mark.parametrize(("number", "target", "phase"), cells())
+@pytest.mark.parametrize(("number", "target", "phase"), list(cells()))
 def test_a_signal_commits_and_exits_75(workspace, number, target, phase):
     run = workspace / f"{number.name}-{target}-{phase}"
     shutil.copytree(workspace / "before", run)
