@@ -1,18 +1,23 @@
 """Data preparation against the tokenizer's own batch encode of the same text, alternating, in CPU seconds.
 
-python -m benchmarks.data_prep [--rounds 5] [--english FILE --english-tokenizer MODEL] [--chinese FILE
-                               --chinese-model SPIECE --chinese-vocabulary VOCAB]
+python -m benchmarks.data_prep [NAME ...] [--rounds 5] [--english FILE --english-tokenizer MODEL]
+                               [--chinese FILE --chinese-model SPIECE --chinese-vocabulary VOCAB]
 
 Without files the English text is the documentation of the standard library, repeated, with a model trained on it;
 the Chinese figures need --chinese. Texts hold one sentence per line. Figures: the whole `build` (reading, hashing,
-pairs, masks, shards on disk; process start not) over the encode; wall-clock time of one worker over two; masks alone.
+pairs, masks, shards on disk; process start not) over the encode, for `english`, its `copies` (ten), its `prose` (the
+same text as paragraphs, which are split into sentences) and `chinese`; `masks` by themselves. Only when named, since
+they take minutes: `two_workers`, wall-clock time of one worker over two, which needs two idle cores, and the share of
+the CPU time that the parent spends; `memory`, the peak of one worker on 2 GB.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,43 +38,79 @@ from data_prep.tokenizer import train_tokenizer
 
 _REPEATS = 8
 _LINES_PER_CALL = 20_000
+_PARALLEL_BYTES, _LARGE_BYTES = 250_000_000, 2_000_000_000
+# getrusage would count the memory that this process had when it forked; the high-water mark in /proc does not.
+_RUN_AND_TELL_MEMORY = """
+import atexit, pathlib
+status = pathlib.Path("/proc/self/status")
+atexit.register(lambda: print(status.read_text().partition("VmHWM:")[2].split()[0]))
+from data_prep.cli import main
+main()
+"""
 
 
 def main() -> None:
-    """Measure and print every figure."""
+    """Measure and print the figures that are asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    short = ("english", "copies", "prose", "masks", "chinese")
+    names = (*short, "two_workers", "memory")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--rounds", type=int, default=5)
     for name in ("english", "english-tokenizer", "chinese", "chinese-model", "chinese-vocabulary"):
         parser.add_argument(f"--{name}", type=Path, default=None)
     options = parser.parse_args()
+    if unknown := sorted(set(options.names) - set(names)):
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(names)}")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # CPU seconds of one thread
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        text, model = options.english, options.english_tokenizer
-        if text is None:
-            text, model = _default_text(place)
-        _compare("english_512", text, model, options.rounds, place, dupe_factor=1)
-        _compare("english_512_10_copies", text, model, options.rounds, place, dupe_factor=10)
-        _two_workers(text, model, options.rounds, place)
-        _masks_alone(text, model, options.rounds, place)
-        for kind, tokenizer in (
-            ("sentencepiece", options.chinese_model),
-            ("wordpiece", options.chinese_vocabulary),
-        ):
-            if options.chinese is None or tokenizer is None:
-                sys.stderr.write(f"no --chinese text and {kind} tokenizer: that figure is left out\n")
-                continue
-            _compare(f"chinese_{kind}_512", options.chinese, tokenizer, options.rounds, place, dupe_factor=1)
+        for chosen in options.names or short:
+            _measure(chosen, options, Path(name))
+
+
+def _measure(name: str, options: argparse.Namespace, place: Path) -> None:
+    if name == "chinese":
+        _chinese(options, place)
+        return
+    text, model, rounds = options.english, options.english_tokenizer, options.rounds
+    if text is None:
+        text, model = _default_text(place)
+    if name == "english":
+        _compare("english_512", text, model, rounds, place)
+    elif name == "copies":
+        _compare("english_512_10_copies", text, model, rounds, place, dupe_factor=10)
+    elif name == "prose":
+        paragraphs = place / "prose.txt"
+        documents = text.read_text().split("\n\n")
+        paragraphs.write_text("\n\n".join(document.strip().replace("\n", " ") for document in documents))
+        _compare("english_prose_512", paragraphs, model, rounds, place)
+    elif name == "masks":
+        _masks_alone(text, model, rounds, place)
+    elif name == "two_workers":
+        _two_workers(text, model, rounds, place)
+    else:
+        _memory(text, model, place)
+
+
+def _chinese(options: argparse.Namespace, place: Path) -> None:
+    for kind, tokenizer in (
+        ("sentencepiece", options.chinese_model),
+        ("wordpiece", options.chinese_vocabulary),
+    ):
+        if options.chinese is None or tokenizer is None:
+            sys.stderr.write(f"no --chinese text and {kind} tokenizer: that figure is left out\n")
+            continue
+        _compare(f"chinese_{kind}_512", options.chinese, tokenizer, options.rounds, place)
 
 
 def _default_text(place: Path) -> tuple[Path, Path]:
-    write_demo_corpus(place / "demo")
-    corpus = place / "demo" / "corpus.txt"
-    model = train_tokenizer([str(corpus)], place / "tokenizer", 8000)
-    text = place / "english.txt"
-    text.write_text((corpus.read_text() + "\n") * _REPEATS)
+    text, model = place / "english.txt", place / "tokenizer" / "spiece.model"
+    if not text.is_file():
+        write_demo_corpus(place / "demo")
+        corpus = place / "demo" / "corpus.txt"
+        train_tokenizer([str(corpus)], model.parent, 8000)
+        text.write_text((corpus.read_text() + "\n") * _REPEATS)
     return text, model
 
 
@@ -97,7 +138,7 @@ def _seconds(action: Callable[[], None], clock: Callable[[], float] = time.proce
     return clock() - begin
 
 
-def _compare(name: str, text: Path, model: Path, rounds: int, place: Path, dupe_factor: int) -> None:
+def _compare(name: str, text: Path, model: Path, rounds: int, place: Path, dupe_factor: int = 1) -> None:
     """CPU time of the build over that of the encode, in turns."""
     tokenizer = load_tokenizer(model)
     lines = [line for line in text.read_text().split("\n") if line]
@@ -117,22 +158,55 @@ def _compare(name: str, text: Path, model: Path, rounds: int, place: Path, dupe_
 
 
 def _two_workers(text: Path, model: Path, rounds: int, place: Path) -> None:
-    """Wall-clock time of one worker over two; the text four times over, so that start-up counts little."""
-    longer = place / "longer.txt"
-    with longer.open("w") as file:
-        for _ in range(4):
-            file.write(text.read_text() + "\n")
-    ratios = []
+    """Wall-clock time of one worker over two on 250 MB, so that the half second of their start counts little.
+
+    Besides, on a busy machine too: the share of the CPU time that the parent of two workers spends, which bounds
+    what more workers can gain.
+    """
+    longer = _repeat(text, place, _PARALLEL_BYTES)
+    ratios, shares = [], []
     for number in range(rounds):
         taken = {}
         for workers in (1, 2) if number % 2 else (2, 1):
             output = place / f"out{workers}"
+            parent, children = time.process_time(), resource.getrusage(resource.RUSAGE_CHILDREN)
             taken[workers] = _seconds(
                 lambda o=output, w=workers: _build(longer, model, o, num_workers=w), time.perf_counter
             )
+            if workers == 2:
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                own = time.process_time() - parent
+                others = after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime
+                shares.append(own / (own + others))
             shutil.rmtree(output)
         ratios.append(taken[1] / taken[2])
-    print_figure("data_prep_two_workers", ratios, "x one worker", input_bytes=longer.stat().st_size)
+    bytes_in = longer.stat().st_size
+    print_figure("data_prep_two_workers", ratios, "x one worker", input_bytes=bytes_in)
+    print_figure("data_prep_parent_share", shares, "of all CPU seconds", input_bytes=bytes_in, workers=2)
+
+
+def _repeat(text: Path, place: Path, size: int) -> Path:
+    """A text of at least `size` bytes."""
+    longer = place / "longer.txt"
+    with longer.open("w") as file:
+        while file.tell() < size:
+            file.write(text.read_text() + "\n")
+    return longer
+
+
+def _memory(text: Path, model: Path, place: Path) -> None:
+    """Peak resident memory of a build in a process of its own."""
+    longer = _repeat(text, place, _LARGE_BYTES)
+    command = ["build", "--input", str(longer), "--tokenizer", str(model), "--output", str(place / "large")]
+    result = subprocess.run(
+        [sys.executable, "-c", _RUN_AND_TELL_MEMORY, *command, "--workers", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
+    )
+    peak = int(result.stdout.split()[-1]) / 1024
+    print_figure("data_prep_memory", [peak], "MiB", input_bytes=longer.stat().st_size)
 
 
 def _masks_alone(text: Path, model: Path, rounds: int, place: Path) -> None:

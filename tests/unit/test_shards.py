@@ -139,12 +139,13 @@ def damage_is_named(directory: Path, shard, data: bytes) -> None:
         verify_shard(directory, shard, VOCAB_SIZE)
 
 
-def test_every_truncation_is_named_with_its_block(tmp_path, shard):
-    """At each byte around every border of a block and of the file, and at 400 others."""
+def test_every_truncation_is_named_with_its_block(tmp_path, shard, request):
+    """At each byte around every border of a block and of the file, and at 400 others; 4,000 with --slow."""
+    number = 4000 if request.config.getoption("--slow") else 400
     whole = (tmp_path / shard.name).read_bytes()
     borders = [offset for block in shard.blocks for offset in (block.offset, block.offset + block.length)]
     lengths = {b + d for b in [*borders, len(whole)] for d in (-513, -512, -1, 0, 1, 511)}
-    lengths |= set(np.random.default_rng(0).integers(0, len(whole), 400).tolist())
+    lengths |= set(np.random.default_rng(0).integers(0, len(whole), number).tolist())
     for length in sorted(n for n in lengths if 0 <= n < len(whole)):
         damage_is_named(tmp_path, shard, whole[:length])
         first = next((i for i, b in enumerate(shard.blocks) if b.offset + b.length > length), None)
@@ -155,10 +156,11 @@ def test_every_truncation_is_named_with_its_block(tmp_path, shard):
             reader.close()
 
 
-def test_every_bit_flip_is_named_with_its_block(tmp_path, shard):
-    """1200 single bits, anywhere in the file."""
+def test_every_bit_flip_is_named_with_its_block(tmp_path, shard, request):
+    """1,200 single bits, anywhere in the file; 8,000 with --slow."""
+    number = 8000 if request.config.getoption("--slow") else 1200
     whole = (tmp_path / shard.name).read_bytes()
-    for bit in np.random.default_rng(1).integers(0, 8 * len(whole), 1200).tolist():
+    for bit in np.random.default_rng(1).integers(0, 8 * len(whole), number).tolist():
         data = bytearray(whole)
         data[bit // 8] ^= 1 << (bit % 8)
         damage_is_named(tmp_path, shard, bytes(data))
