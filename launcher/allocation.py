@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -104,14 +105,19 @@ def run_scontrol(*arguments: str) -> str:
     return run_slurm_command("scontrol", *arguments)
 
 
-def run_slurm_command(*command: str) -> str:
+def run_slurm_command(*command: str, strip: tuple[str, ...] = ()) -> str:
     """Output of one of Slurm's commands.
+
+    Args:
+        command: its words.
+        strip: beginnings of variables that it does not get.
 
     Raises:
         ConfigError: it is not installed here, or it refuses; quotes what it says.
     """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(strip)}
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise ConfigError(
             f"{command[0]} not found: this machine is no login node of a Slurm cluster"

@@ -82,6 +82,12 @@ def template_options(text: str) -> Options:
     return options
 
 
+def template_arguments(text: str) -> tuple[str, ...]:
+    """Arguments that a template gives itself, before those of its user: `arguments=(--config xlarge "$@")`."""
+    found = re.search(r'^arguments=\((.*)"\$@"\)$', text, flags=re.MULTILINE)
+    return tuple(shlex.split(found[1])) if found else ()
+
+
 def cluster_options(cluster: ClusterConfig) -> Options:
     """Options of sbatch that the cluster file gives."""
     named = {

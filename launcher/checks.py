@@ -25,8 +25,10 @@ def check_pretrain(arguments: Sequence[str], num_ranks: int, *, with_data: bool 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     known, rest = parser.parse_known_args(list(arguments))
-    if known.config is None or any(word.startswith("-") for word in rest):
+    if any(word.startswith("-") for word in rest):
         return  # --help, or something that only the program itself understands
+    if known.config is None:
+        raise ConfigError("pretrain: --config is missing; give a recipe such as base, or a YAML file")
     config = load_run_config(known.config, rest)
     build_deepspeed_config(config, num_ranks)
     if with_data:

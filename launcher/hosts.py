@@ -221,6 +221,7 @@ def run_hosts(run: HostsRun) -> int:
     directory = Path(str(run.job.status_directory))
     directory.mkdir(parents=True)
     run.hostfile.write_text(run.hosts.text())
+    sys.stderr.write(f"launcher: the logs of all ranks are in {LOG_ROOT}/{directory.name}\n")
     with signals_held() as held:
         starter = subprocess.Popen(
             run.command(),

@@ -5,11 +5,16 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from albert.errors import ConfigError
 from launcher.allocation import Allocation, job_fields, run_scontrol
 from launcher.process import signals_held
+
+_Result = TypeVar("_Result")
+PAUSES_S = (5.0, 15.0, 30.0, 60.0)
+"""Between attempts to reach Slurm's controller, which may be restarted just now; without it a run would end here."""
 
 _KILLED_WITHIN_S = 60.0
 _TOLD_WITHIN_S = 20.0
@@ -23,7 +28,7 @@ def requeue(allocation: Allocation, exit_code: int, bad_nodes: Sequence[str] = (
         exit_code: returned where the job is not requeued.
         bad_nodes: left out from now on.
     """
-    fields = job_fields(allocation.job_id)
+    fields = patiently(lambda: job_fields(allocation.job_id))
     state = fields.get("JobState", "")
     if state != "RUNNING":
         say(f"not requeued from here: Slurm says {state}")
@@ -33,7 +38,7 @@ def requeue(allocation: Allocation, exit_code: int, bad_nodes: Sequence[str] = (
             _requeue_without(allocation, excluded_nodes(fields, bad_nodes))
             return exit_code
         say("requeued; goes on from the last committed checkpoint")
-        run_scontrol("requeue", str(allocation.job_id))
+        patiently(lambda: run_scontrol("requeue", str(allocation.job_id)))
     except ConfigError as error:
         say(str(error))
         return exit_code
@@ -55,9 +60,24 @@ def _requeue_without(allocation: Allocation, nodes: str) -> None:
     """
     say(f"requeued without {nodes}")
     with signals_held() as held:
-        run_scontrol("requeue", str(allocation.job_id))
+        patiently(lambda: run_scontrol("requeue", str(allocation.job_id)))
         signal.sigtimedwait(held - {signal.SIGCHLD}, _TOLD_WITHIN_S)
         run_scontrol("update", f"JobId={allocation.job_id}", f"ExcNodeList={nodes}")
+
+
+def patiently(command: Callable[[], _Result]) -> _Result:
+    """Result of a command of Slurm, tried again if it fails.
+
+    Raises:
+        ConfigError: it failed every time.
+    """
+    for pause_s in PAUSES_S:
+        try:
+            return command()
+        except ConfigError as error:
+            say(f"{error}; tried again in {pause_s:.0f} s")
+            time.sleep(pause_s)
+    return command()
 
 
 def say(text: str) -> None:

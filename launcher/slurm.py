@@ -21,6 +21,7 @@ from launcher.batch_script import (
     render,
     sbatch_option,
     setting_lines,
+    template_arguments,
     template_options,
 )
 from launcher.cluster import ClusterConfig
@@ -36,6 +37,8 @@ TEMPLATES = {
 
 JOB_FILE = "job.json"
 
+_OF_ANOTHER_JOB = ("SLURM_JOB", "SLURM_STEP", "SLURM_TASK", "SLURM_N", "SLURM_MEM", "SLURM_CPU", "SLURM_GPU",
+                   "SLURM_ARRAY", "SLURM_TRES", "SLURM_PROCID", "SLURM_LOCALID", "SLURMD_", "PMI_")  # fmt: skip
 _DEPENDENCY = re.compile(r"\d+(:\d+)*")
 _ARRAY = re.compile(r"([1-9]\d{0,4})(%[1-9]\d*)?")
 
@@ -68,8 +71,12 @@ class Submission:
             ConfigError: --after names no jobs.
         """
         python = self.cluster.python or sys.executable
-        lines = setting_lines(self.cluster, python, self.arguments, preflight=self.preflight)
+        lines = setting_lines(self.cluster, python, self.words(), preflight=self.preflight)
         return render(read_template(self.template), self._options(), lines)
+
+    def words(self) -> tuple[str, ...]:
+        """Arguments of the program: the template's own, then the user's."""
+        return (*template_arguments(read_template(self.template)), *self.arguments)
 
     def num_ranks(self) -> int:
         """Ranks of the job, from its options."""
@@ -102,6 +109,8 @@ class Submission:
 
     def _options(self) -> Options:
         options = {**cluster_options(self.cluster), **self._devices()}
+        if self.program == "preflight":
+            options.pop("time", None)  # the template's minutes, not the days of a pretraining
         for text in (*self.cluster.sbatch_options, *self.sbatch_options):
             options |= sbatch_option(text)
         if self.job_name is not None:
@@ -146,13 +155,14 @@ def submit(submission: Submission) -> int:
     root.mkdir(exist_ok=True)
     script = root / f"submitted-{secrets.token_hex(8)}.sbatch"
     script.write_text(submission.script(), encoding="utf-8")
-    answer = run_slurm_command("sbatch", "--parsable", str(script))
+    # Variables of a job in which the user may be sitting are not meant for this one.
+    answer = run_slurm_command("sbatch", "--parsable", str(script), strip=_OF_ANOTHER_JOB)
     job_id = int(answer.strip().split(";")[0])
     name = job_fields(job_id).get("JobName", "job")
     directory = root / f"{name}-{job_id}"
     directory.mkdir(exist_ok=True)
     script.rename(directory / "job.sbatch")
-    write_job_file(directory, job_id, submission.program, submission.arguments)
+    write_job_file(directory, job_id, submission.program, submission.words())
     return job_id
 
 

@@ -99,7 +99,7 @@ def _run_submit(options: argparse.Namespace) -> int:
     jobs = submission.jobs()
     if options.action == "pretrain":
         has_data = options.after is None and not options.dry_run
-        check_pretrain(submission.arguments, submission.num_ranks(), with_data=has_data)
+        check_pretrain(submission.words(), submission.num_ranks(), with_data=has_data)
     if options.dry_run:
         print("\n".join(describe(job) for job in jobs))
         return 0
@@ -108,6 +108,9 @@ def _run_submit(options: argparse.Namespace) -> int:
         last = submit(replace(job, after=str(job_id)))
         sys.stderr.write(f"launcher: job array {job_id} makes the shards, then {last} the manifest\n")
         job_id = last
+    sys.stderr.write(
+        f"launcher: logs are in {LOG_ROOT}; python -m launcher slurm status shows how far it is\n"
+    )
     print(job_id)
     return 0
 

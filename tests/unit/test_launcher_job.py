@@ -118,6 +118,7 @@ def launch(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
         ("", 78, "required: PLACE"),
         ("local -n 2 pretrain --config nope", 66, "nope: no such configuration file or recipe"),
         ("local -n 2 pretrain --config demo train.steps=5", 78, "train.steps: unknown key"),
+        ("local -n 2 pretrain train.num_steps=5", 78, "pretrain: --config is missing; give a recipe"),
         ("local -n 7 pretrain --config demo", 78, "x world_size (7)"),
         ("local -n 2 pretrain --config demo data.directory=/nowhere", 66, "/nowhere: no manifest.json"),
         ("local -n 2 data verify shards", 78, "-n: 2 processes are for 'data build' only; leave -n out"),

@@ -103,6 +103,17 @@ def test_each_rank_gets_one_gpu_and_data_preparation_none(program, gpus, ranks, 
     assert options["cpus-per-task"] == ("1" if program == "data" else "6")
 
 
+def test_a_template_may_bring_arguments_of_its_own():
+    given = Submission("pretrain", ("data.directory=d",), ClusterConfig(time="48:00:00"), "pretrain_xlarge")
+    assert given.words() == ("--config", "xlarge", "data.directory=d")
+    script = given.script()
+    assert "\narguments=(--config xlarge data.directory=d)\n" in script
+    assert template_options(script)["time"] == "48:00:00"
+    check = Submission("preflight", ("--config", "base"), ClusterConfig(time="48:00:00"), "preflight")
+    assert check.words() == ("--config", "base")
+    assert template_options(check.script())["time"] == "00:10:00"
+
+
 def test_options_of_sbatch_come_last_and_are_plain():
     cluster = ClusterConfig(time="24:00:00", sbatch_options=("--exclusive", "--switches=1"))
     script = submission(cluster=cluster, sbatch_options=("--time=02:00:00", "--mail-type=END")).script()

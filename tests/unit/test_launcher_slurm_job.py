@@ -3,7 +3,8 @@
 import pytest
 
 from albert.errors import ConfigError
-from launcher.allocation import Allocation, read_allocation
+from launcher import requeue
+from launcher.allocation import Allocation, read_allocation, run_slurm_command
 from launcher.outcome import RankEnd
 from launcher.requeue import excluded_nodes
 from launcher.slurm_data import data_command, run_data
@@ -142,6 +143,38 @@ def test_what_preflight_understands_is_checked(program, words, is_checked):
 def test_nodes_are_added_to_those_that_are_left_out_already():
     assert excluded_nodes({"ExcNodeList": "(null)"}, ["n2"]) == "n2"
     assert excluded_nodes({"ExcNodeList": "n[4-7],x1"}, ["n2", "n3"]) == "n[4-7],x1,n2,n3"
+
+
+def test_a_controller_that_is_restarted_is_waited_for(monkeypatch, capsys):
+    monkeypatch.setattr(requeue, "PAUSES_S", (0.0, 0.0))
+    answers = iter([ConfigError("scontrol refused: Unable to contact slurm controller"), "done"])
+
+    def command() -> str:
+        answer = next(answers)
+        if isinstance(answer, ConfigError):
+            raise answer
+        return answer
+
+    assert requeue.patiently(command) == "done"
+    assert (
+        "launcher: scontrol refused: Unable to contact slurm controller; tried again"
+        in capsys.readouterr().out
+    )
+    answers = iter([ConfigError("no")] * 3)
+    with pytest.raises(ConfigError, match="no"):
+        requeue.patiently(command)
+
+
+def test_variables_of_another_job_do_not_reach_sbatch(tmp_path, monkeypatch):
+    """A program in the place of sbatch prints what it got."""
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nenv\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for name in ("SLURM_JOB_ID", "SLURM_CPUS_PER_TASK", "SLURM_CONF", "HOME_OF_MINE"):
+        monkeypatch.setenv(name, "x")
+    said = run_slurm_command("sbatch", strip=("SLURM_JOB", "SLURM_CPU")).splitlines()
+    assert {"SLURM_CONF=x", "HOME_OF_MINE=x"} <= set(said)
+    assert not {"SLURM_JOB_ID=x", "SLURM_CPUS_PER_TASK=x"} & set(said)
 
 
 def test_the_cause_is_the_last_error_of_the_rank_that_failed_first(tmp_path):
