@@ -195,7 +195,7 @@ class Save:
                 _remove_old(directory, self.state.step, keep_last, keep_every)
 
         _on_all_ranks(commit, directory)
-        _on_all_ranks(retain, directory)
+        _on_all_ranks(retain, directory, "remove old checkpoints", "newer")
         return self.final
 
     def _stage(self, num_bytes: int) -> None:
@@ -230,7 +230,9 @@ def _rank_file(rank: int, world_size: int) -> str:
     return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def _on_all_ranks(action: Callable[[], None], directory: Path) -> None:
+def _on_all_ranks(
+    action: Callable[[], None], directory: Path, what: str = "write the checkpoint", others: str = "older"
+) -> None:
     """Run an action on every rank; if it fails on any of them, all ranks raise."""
     problem: OSError | None = None
     try:
@@ -240,10 +242,10 @@ def _on_all_ranks(action: Callable[[], None], directory: Path) -> None:
     if min_over_ranks(0 if problem else 1):
         return
     if problem is None:
-        raise DiskError(f"{directory}: another rank could not write the checkpoint; older ones are untouched")
+        raise DiskError(f"{directory}: another rank could not {what}; {others} ones are untouched")
     raise DiskError(
-        f"{problem.filename or directory}: cannot write the checkpoint ({problem.strerror}); older ones are "
-        "untouched; free space or choose another train.output_dir"
+        f"{problem.filename or directory}: cannot {what} ({problem.strerror}); {others} ones are untouched; "
+        "free space or choose another train.output_dir"
     ) from problem
 
 

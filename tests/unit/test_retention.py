@@ -112,18 +112,30 @@ def test_a_pointer_that_is_a_link_is_replaced_and_its_target_stays(tmp_path):
     assert target.read_text() == "mine"
 
 
-def _explain(directory: Path) -> str:
+def _explain(directory: Path, steps: list[int]) -> str:
     with pytest.raises(DiskError) as problem:
-        save_and_load(directory, [2])
+        save_and_load(directory, steps)
     return str(problem.value)
 
 
 def test_a_pointer_that_is_a_directory_is_named_and_loses_nothing(tmp_path):
     (tmp_path / "latest").mkdir()
-    (message,) = run_ranks(1, _explain, tmp_path)
+    (message,) = run_ranks(1, _explain, tmp_path, [2])
     assert "cannot write the checkpoint (Is a directory)" in message
     assert "latest" in message
     assert run_ranks(1, save_and_load, tmp_path, []) == [2]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_all_ranks_after_the_commit(tmp_path):
+    assert run_ranks(2, save_and_load, tmp_path, [1, 2]) == [2, 2]
+    (tmp_path / "step-00000001.tmp" / "in-the-way").mkdir(parents=True)
+    first, second = run_ranks(2, _explain, tmp_path, [3])
+    assert (
+        "step-00000001: cannot remove old checkpoints (Directory not empty); newer ones are untouched"
+        in first
+    )
+    assert "another rank could not remove old checkpoints; newer ones are untouched" in second
+    assert run_ranks(1, save_and_load, tmp_path, []) == [3]
 
 
 def test_damaged_checkpoints_do_not_displace_good_ones(tmp_path):
