@@ -51,7 +51,7 @@ class Probes:
         """
         self._config, self._log = config, log
         self._directory = run_directory / _DIRECTORY
-        done = (int(path.parent.name.removeprefix("step-")) for path in self._directory.glob(f"*/{_RESULTS}"))
+        done = (int(path.parent.name[5:]) for path in self._directory.glob(f"step-{'[0-9]' * 8}/{_RESULTS}"))
         self._last_step = max(done, default=0)
         self._process: subprocess.Popen[bytes] | None = None
         self._is_closed = False

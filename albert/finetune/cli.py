@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from albert.errors import ConfigError, end_rank, run_command
+from albert.errors import AlbertError, ConfigError, end_rank, run_command
 from albert.finetune.custom import read_task
 from albert.finetune.request import Request
 from albert.finetune.settings import FinetuneSettings, settings_for
@@ -32,7 +32,9 @@ data: DIR holds train, dev and test as .tsv, .txt, .csv, .json or .jsonl (or und
 output: model/ (the best weights by --metric on dev; --model reads it again), results.json, predictions-SPLIT.jsonl,
       review-SPLIT.md (confusion table and worst mistakes), metrics.jsonl, tensorboard/, config.yaml, and with
       --do-predict the benchmark's submission file. --seeds and --learning-rates add sweep.json and sweep.md.
-exit codes: 0 done, 65 bad data, 66 missing input, 70 non-finite, 74 disk, 75 stopped by a signal, 78 configuration"""
+A training that was stopped or killed goes on where it was when the same command is given again.
+exit codes: 0 done, 65 bad data, 66 missing input, 70 non-finite, 74 disk, 75 stopped by a signal with the checkpoint
+committed (start it again), 78 configuration"""
 
 _SETTINGS: dict[str, tuple[type, str]] = {
     "learning_rate": (float, "peak learning rate"),
@@ -90,20 +92,23 @@ def _main() -> None:
 
 def _run(request: Request, task: Task, settings: FinetuneSettings, stop: StopRequest) -> None:
     """Import torch only once the command line is known to make sense."""
-    from albert.distributed import close_world, init_world
+    from albert.distributed import close_world, init_world, peer_errors
     from albert.finetune.preparation import prepare
     from albert.finetune.run import run_once
     from albert.finetune.sweep import run_sweep
 
     stop.install()
     prepared = prepare(request, task, settings)
-    world = init_world(settings.device, timeout_s=1800.0)
-    try:
-        if request.is_sweep:
-            run_sweep(prepared, request, settings, world, stop)
-        else:
-            run_once(prepared, request, settings, Path(request.output), world, stop)
-    finally:
+    with peer_errors():
+        world = init_world(settings.device, timeout_s=1800.0)
+        try:
+            if request.is_sweep:
+                run_sweep(prepared, request, settings, world, stop)
+            else:
+                run_once(prepared, request, settings, Path(request.output), world, stop)
+        except AlbertError:
+            close_world()  # all ranks are here
+            raise
         close_world()
 
 
