@@ -173,4 +173,5 @@ def test_no_commit_is_lost(tmp_path, saves, world_size, rank, request):
     strikes = all_strikes(tmp_path, saves, world_size, rank)
     # Of the hundreds of points of each case; --slow strikes at all of them.
     spread = 1 if request.config.getoption("--slow") else len(strikes) // 15
+    print(f"{len(strikes[::spread])} of {len(strikes)} crash points")
     strike_all(tmp_path, strikes[::spread])

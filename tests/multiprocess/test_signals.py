@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,8 @@ def is_in_phase(run: Path, phase: str) -> bool:
         return False
     if phase == "save":
         return is_saving(run)
-    return (
-        phase == "step" or metrics(run)[-1]["kind"] == "train"
-    )  # the line of its evaluation is still to come
+    # While it evaluates, the line of the evaluation is still to come.
+    return phase == "step" or metrics(run)[-1]["kind"] == "train"
 
 
 def send_twice(pids: list[int], number: int) -> None:
@@ -98,12 +97,14 @@ def launch(workspace: Path, run: Path, options: tuple[str, ...]) -> subprocess.P
 
 
 def stop_launcher(workspace: Path, run: Path, options: tuple[str, ...], phase: str, number: int) -> int:
-    launcher = launch(workspace, run, options)
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    condition: Callable[[], object] = lambda: is_in_phase(run, phase)  # noqa: E731
-    wait_until(children.read_text if phase == "start" else condition, phase)
-    send_twice([launcher.pid], number)
-    _, errors = launcher.communicate(timeout=120)
+    with launch(workspace, run, options) as launcher:
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+        try:
+            wait_until(lambda: children.read_text() if phase == "start" else is_in_phase(run, phase), phase)
+            send_twice([launcher.pid], number)
+            _, errors = launcher.communicate(timeout=120)
+        finally:
+            launcher.kill()  # its ranks end with it
     assert number.name in errors
     return launcher.returncode
 
