@@ -21,7 +21,6 @@ from torch.distributed import distributed_c10d as c10d
 from albert.errors import ConfigError, PeerLostError
 
 _SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-_HEARTBEAT_TIMEOUT_S = 1.0
 _PEER_FAILURE = re.compile(
     r"gloo|NCCL|closed by peer|reset by peer|Timed out waiting|Connection refused", re.IGNORECASE
 )
@@ -108,13 +107,18 @@ def peer_errors() -> Iterator[None]:
 class Heartbeats:
     """One line of text per rank, which every rank can read without the others' help."""
 
-    def __init__(self, world: World) -> None:
-        """Connect on its own: a collective may hold the other connection for as long as it waits."""
+    def __init__(self, world: World, timeout_s: float) -> None:
+        """Connect on its own: a collective may hold the other connection for as long as it waits.
+
+        Args:
+            world: the ranks.
+            timeout_s: longest time that asking for the lines may take.
+        """
         self._world = world
         clone = getattr(world.store, "clone", None)  # missing in the stubs of torch
         self._store: dist.Store | None = clone() if clone and world.size > 1 else None
         if self._store:
-            self._store.set_timeout(datetime.timedelta(seconds=_HEARTBEAT_TIMEOUT_S))
+            self._store.set_timeout(datetime.timedelta(seconds=timeout_s))
 
     def send(self, line: str) -> None:
         """Replace this rank's line; says nothing where nobody can be reached."""

@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
+from albert.addresses import is_remote
 from albert.config import RunConfig, load_run_config, recipe_names
 from albert.deepspeed_config import build_deepspeed_config
 from albert.durable_files import write_file_durably
@@ -151,12 +152,14 @@ def _train(
     from albert.loader import BatchPlan, TrainLoader
     from albert.run_checkpoints import RunCheckpoints
     from albert.trainer import Trainer
-    from albert.watchdog import Watchdog
+    from albert.watchdog import SLOW_PHASES, Watchdog
 
     train = config.train
     lock = _lock(config, world)
     plan = BatchPlan(train.global_batch_size, train.micro_batch_size, world.rank, world.size, train.num_steps)
-    with Watchdog(world, _hang_timeout_s(config, world), train.peer_timeout_s) as watchdog:
+    # A shard that has to be fetched first takes as long as the network does.
+    slow = (*SLOW_PHASES, "data", "evaluate") if is_remote(config.data.directory) else SLOW_PHASES
+    with Watchdog(world, _hang_timeout_s(config, world), train.peer_timeout_s, slow) as watchdog:
         loader = TrainLoader(config.data, manifest, plan, config.seed, names_examples=config.log.ledger)
         evaluator = _build_evaluator(config, manifest, world)
         engine = _build_engine(config, placement, world)

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn, Self
@@ -29,6 +29,9 @@ from albert.errors import PeerLostError
 
 STEP_PHASES = ("data", "count", "forward_backward", "update")
 """Of every step, in this order; evaluation and saving lie between steps."""
+
+SLOW_PHASES = ("start", "save", "commit", "rewind")
+"""These wait for a disk."""
 
 _FACTOR = 5
 _KNOWN_AFTER = 5
@@ -50,39 +53,50 @@ class Place:
 class Watchdog:
     """Watches the main thread of one rank."""
 
-    def __init__(self, world: World, hang_timeout_s: float, slow_timeout_s: float) -> None:
+    def __init__(
+        self,
+        world: World,
+        hang_timeout_s: float,
+        slow_timeout_s: float,
+        slow_phases: Collection[str] = SLOW_PHASES,
+    ) -> None:
         """Watch nothing yet; use it as a context.
 
         Args:
             world: the ranks.
             hang_timeout_s: shortest time after which a phase counts as hanging; 0 never ends the rank. A phase may
                 take five times as long as the slowest of a hundred steps did.
-            slow_timeout_s: the same for a phase whose usual time is not known yet.
+            slow_timeout_s: the same for a phase whose usual time is not known yet, and for slow ones.
+            slow_phases: those that may take long now and then, as disks and networks do.
         """
         self._world, self._hang_timeout_s, self._slow_timeout_s = world, hang_timeout_s, slow_timeout_s
-        self._beats = Heartbeats(world) if hang_timeout_s else None
+        self._slow_phases = frozenset(slow_phases)
         self._place = Place(0, "start")
         self._entered_at = time.perf_counter()
         self._step_began_at = self._entered_at
         self._durations_s: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_HISTORY))
         self._steps_s: deque[float] = deque(maxlen=_HISTORY)
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._clock_s = 0.0
+        self._is_listening = False
+        self._heard: dict[int, tuple[str, float]] = {}
+        """Rank -> its newest heartbeat, and when that came, by `_clock_s`."""
         self._interval_s = min(1.0, hang_timeout_s / 10)
+        self._beats = Heartbeats(world, self._interval_s) if hang_timeout_s else None
 
     def __enter__(self) -> Self:
         if self._hang_timeout_s:
             with contextlib.suppress(ValueError, OSError):  # a stderr without a file, as some notebooks have
                 faulthandler.register(signal.SIGQUIT, all_threads=True)
-            self._thread.start()
+            # Two, because the exchange may wait for ever for a host that is lost.
+            for action in (self._watch, self._exchange):
+                threading.Thread(target=action, name=f"watchdog{action.__name__}", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_over.set()
-        if self._thread.is_alive():
-            self._thread.join()
 
     def enter(self, phase: str, step: int) -> None:
         """Say what the main thread does from now on; a microsecond."""
@@ -98,49 +112,56 @@ class Watchdog:
     def allowed_s(self, phase: str) -> float:
         """How long a phase may take."""
         own = self._durations_s[phase]
-        if len(own) < _KNOWN_AFTER or len(self._steps_s) < _KNOWN_AFTER:
+        is_known = min(len(own), len(self._steps_s)) >= _KNOWN_AFTER
+        if phase in self._slow_phases or not is_known:
             return max(self._slow_timeout_s, self._hang_timeout_s)
         return max(self._hang_timeout_s, _FACTOR * _p99(self._steps_s), _FACTOR * _p99(own))
 
     def _watch(self) -> None:
         """Measure on a clock that stands still while this process does: a suspended job is no hanging one."""
-        clock_s = entered_s = 0.0
-        seen, last = self._place, time.monotonic()
-        heard: dict[int, tuple[str, float]] = {}
+        entered_s, seen, last = 0.0, self._place, time.monotonic()
         while not self._is_over.wait(self._interval_s):
             now = time.monotonic()
-            clock_s += min(now - last, 2 * self._interval_s)
+            self._clock_s += min(now - last, 2 * self._interval_s)
             last = now
+            if self._place is not seen:
+                seen, entered_s = self._place, self._clock_s
+            elapsed_s, allowed_s = self._clock_s - entered_s, self.allowed_s(seen.phase)
+            self._is_listening = elapsed_s > allowed_s / 2
+            if elapsed_s > allowed_s:
+                heard = dict(self._heard)
+                silent = self._silent(heard)
+                # Others may wait for one that does something slow.
+                phases = (json.loads(beat)[1] for rank, (beat, _) in heard.items() if rank not in silent)
+                allowed_s = max([allowed_s, *map(self.allowed_s, phases)])
+            if elapsed_s > allowed_s:
+                self._end(seen, elapsed_s, allowed_s, heard, silent)
+
+    def _exchange(self) -> None:
+        """Tell the other ranks where this one is and, when something takes long, hear where they are."""
+        num_beats = 0
+        while self._beats and not self._is_over.wait(self._interval_s):
+            num_beats += 1
             place = self._place
-            if place is not seen:
-                seen, entered_s = place, clock_s
-            self._beat(place, clock_s)
-            allowed_s = self.allowed_s(place.phase)
-            if clock_s - entered_s > allowed_s / 2:
-                self._listen(heard, clock_s)
-            if clock_s - entered_s > allowed_s:
-                self._end(place, clock_s - entered_s, heard, clock_s)
+            self._beats.send(json.dumps([place.step, place.phase, socket.gethostname(), num_beats]))
+            for rank, beat in self._beats.receive().items() if self._is_listening else ():
+                if rank not in self._heard or self._heard[rank][0] != beat:
+                    self._heard[rank] = (beat, self._clock_s)
 
-    def _beat(self, place: Place, clock_s: float) -> None:
-        if self._beats:
-            content = [place.step, place.phase, socket.gethostname(), clock_s]
-            self._beats.send(json.dumps(content))
-
-    def _listen(self, heard: dict[int, tuple[str, float]], clock_s: float) -> None:
-        """Note for every rank its last heartbeat, and when it changed."""
-        for rank, beat in (self._beats.receive() if self._beats else {}).items():
-            if rank not in heard or heard[rank][0] != beat:
-                heard[rank] = (beat, clock_s)
+    def _silent(self, heard: Mapping[int, tuple[str, float]]) -> set[int]:
+        """Other ranks whose heartbeat has stopped."""
+        limit_s = self._clock_s - 3 * self._interval_s
+        return {rank for rank, (_, at) in heard.items() if rank != self._world.rank and at < limit_s}
 
     def _end(
-        self, place: Place, elapsed_s: float, heard: Mapping[int, tuple[str, float]], clock_s: float
+        self,
+        place: Place,
+        elapsed_s: float,
+        allowed_s: float,
+        heard: Mapping[int, tuple[str, float]],
+        silent: set[int],
     ) -> NoReturn:
         """Print where every rank is and every stack of this one, and end the process."""
-        silent = {
-            rank
-            for rank, (_, at) in heard.items()
-            if rank != self._world.rank and clock_s - at > 3 * self._interval_s
-        }
         beats = {rank: json.loads(beat) for rank, (beat, _) in heard.items()}
         places = {rank: (Place(step, phase), host) for rank, (step, phase, host, _) in beats.items()}
         places[self._world.rank] = (place, socket.gethostname())
@@ -148,7 +169,7 @@ class Watchdog:
         reason = describe_hang(places, silent, missing)
         prefix = f"[rank {self._world.rank}] " if self._world.rank else ""
         text = (
-            f"{prefix}error: {place} has taken {elapsed_s:.1f} s, {self.allowed_s(place.phase):.1f} s are allowed "
+            f"{prefix}error: {place} has taken {elapsed_s:.1f} s, {allowed_s:.1f} s are allowed "
             f"(train.hang_timeout_s); {reason}; give the same command again to go on from the last checkpoint\n"
         )
         # In one piece: the other ranks write theirs at the same time.

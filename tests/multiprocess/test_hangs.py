@@ -85,17 +85,24 @@ def assert_in_time(message: str, elapsed_s: float) -> None:
     assert elapsed_s < allowed_s(message) + 4
 
 
-def test_a_stopped_rank_is_named(workspace, capfd):
-    ranks = start(workspace, "stopped", lambda: None)
-    runs.wait_until(lambda: runs.last_step(workspace / "stopped") > FAULTY_STEP, "some steps")
-    os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_is_named(workspace, capfd, stopped):
+    name, other = f"stopped-{stopped}", 1 - stopped
+    ranks = start(workspace, name, lambda: None)
+    runs.wait_until(lambda: runs.last_step(workspace / name) > FAULTY_STEP, "some steps")
+    os.kill(ranks.processes[stopped].pid, signal.SIGSTOP)
     stopped_at = time.monotonic()
-    assert exit_code(ranks, 0) == 76
+    assert exit_code(ranks, other) == 76
     elapsed_s = time.monotonic() - stopped_at
     ranks.kill()
     message = capfd.readouterr().err
-    assert re.search(r"rank 1 on \S+ is silent since \w+ of step \d+: stopped, or its host is lost", message)
-    assert "most recent call first" in message  # the stacks of rank 0
+    # Rank 0 keeps the store by which ranks are asked.
+    reasons = [
+        "rank 0 cannot be asked",
+        r"rank 1 on \S+ is silent since \w+ of step \d+: stopped, or its host is lost",
+    ]
+    assert re.search(reasons[stopped], message)
+    assert "most recent call first" in message  # the stacks of the other rank
     assert_in_time(message, elapsed_s)
 
 
