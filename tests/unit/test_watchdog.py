@@ -1,0 +1,88 @@
+"""What the watchdog allows, and how it tells who holds the others up."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from albert.distributed import World
+from albert.watchdog import STEP_PHASES, Place, Watchdog, describe_hang
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def known(watchdog: Watchdog, num_steps: int = 10) -> Watchdog:
+    for step in range(num_steps):
+        for phase in STEP_PHASES:
+            watchdog.enter(phase, step)
+    return watchdog
+
+
+def test_a_phase_is_known_after_some_steps():
+    watchdog = Watchdog(ALONE, 10.0, 600.0)
+    assert watchdog.allowed_s("update") == 600
+    known(watchdog, 3)
+    assert watchdog.allowed_s("update") == 600
+    known(watchdog)
+    assert watchdog.allowed_s("update") == 10
+    assert watchdog.allowed_s("evaluate") == 600
+    assert watchdog.allowed_s("commit") == 600
+
+
+def test_slow_steps_are_allowed_five_times_their_usual_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    watchdog = Watchdog(ALONE, 10.0, 60.0)
+    for step in range(200):
+        for phase in STEP_PHASES:
+            watchdog.enter(phase, step)
+            now[0] += 30.0 if phase == "forward_backward" else 1.0
+    assert watchdog.allowed_s("data") == 5 * 33  # a rank may wait for another's whole step
+    assert watchdog.allowed_s("forward_backward") == 5 * 33
+
+
+def test_phases_named_slow_may_take_long():
+    watchdog = known(Watchdog(ALONE, 10.0, 600.0, slow_phases=("data",)))
+    assert watchdog.allowed_s("data") == 600
+    assert watchdog.allowed_s("count") == 10
+
+
+def place(step: int, phase: str, host: str = "a") -> tuple[Place, str]:
+    return Place(step, phase), host
+
+
+@pytest.mark.parametrize(
+    ("places", "silent", "missing", "expected"),
+    [
+        (
+            {0: place(7, "count"), 1: place(7, "forward_backward", "b"), 2: place(7, "count")},
+            {1},
+            [],
+            "rank 1 on b is silent since forward_backward of step 7: stopped, or its host is lost; "
+            "rank 0, 2 are in count of step 7",
+        ),
+        (
+            {0: place(7, "count"), 1: place(7, "data"), 2: place(7, "count"), 3: place(7, "count")},
+            set(),
+            [],
+            "rank 1 is in data of step 7; rank 0, 2-3 are in count of step 7",
+        ),
+        (
+            {0: place(8, "count"), 1: place(7, "update")},
+            set(),
+            [],
+            "rank 1 is in update of step 7; rank 0 is in count of step 8",
+        ),
+        (
+            {0: place(7, "update"), 1: place(7, "update")},
+            set(),
+            [],
+            "all ranks are in update of step 7: what they wait for together does not come",
+        ),
+        ({1: place(7, "count")}, set(), [0, 2], "rank 0, 2 cannot be asked; rank 1 is in count of step 7"),
+    ],
+)
+def test_who_holds_the_others_up(places, silent, missing, expected):
+    assert describe_hang(places, silent, missing) == expected
