@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -18,7 +18,7 @@ from albert.deepspeed_config import build_deepspeed_config
 from albert.durable_files import write_file_durably
 from albert.errors import ConfigError, NonFiniteError, PreemptedError, end_rank, run_command
 from albert.probes import check_probe
-from albert.run_lock import lock_run_directory
+from albert.run_lock import lock_for_all_ranks
 from albert.shards import Manifest, dataset_tokenizer, read_manifest
 from albert.stopping import StopRequest
 
@@ -155,7 +155,7 @@ def _train(
     from albert.watchdog import SLOW_PHASES, Watchdog
 
     train = config.train
-    lock = _lock(config, world)
+    lock = lock_for_all_ranks(Path(train.output_dir), "train.output_dir", world)
     plan = BatchPlan(train.global_batch_size, train.micro_batch_size, world.rank, world.size, train.num_steps)
     # A shard that has to be fetched first takes as long as the network does.
     slow = (*SLOW_PHASES, "data", "evaluate") if is_remote(config.data.directory) else SLOW_PHASES
@@ -187,20 +187,6 @@ def _train(
     _write_model(config, manifest, engine, world)
     if lock:
         lock.close()
-
-
-def _lock(config: RunConfig, world: World) -> IO[str] | None:
-    """Own the run directory on rank 0; if another job does, all ranks refuse."""
-    from albert.distributed import min_over_ranks
-
-    lock, problem = None, None
-    try:
-        lock = lock_run_directory(Path(config.train.output_dir)) if world.is_main else None
-    except ConfigError as error:
-        problem = error
-    if not min_over_ranks(0 if problem else 1):
-        raise problem or ConfigError(f"{config.train.output_dir}: refused by rank 0, see its message")
-    return lock
 
 
 def _warn(text: str) -> None:

@@ -7,16 +7,45 @@ import fcntl
 import os
 import socket
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from albert.durable_files import make_directory
 from albert.errors import ConfigError
+
+if TYPE_CHECKING:
+    from albert.distributed import World
 
 LOCK_NAME = "lock"
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
-def lock_run_directory(directory: Path) -> IO[str]:
+def lock_for_all_ranks(directory: Path, option: str, world: World) -> IO[str] | None:
+    """Own a run directory on rank 0; if another job does, all ranks refuse. Collective.
+
+    Args:
+        directory: to be locked.
+        option: by which the user chose it, for the message.
+        world: the ranks.
+
+    Returns:
+        What `lock_run_directory` returns on rank 0; None on the others.
+
+    Raises:
+        ConfigError: another job owns the directory.
+    """
+    from albert.distributed import min_over_ranks
+
+    lock, problem = None, None
+    try:
+        lock = lock_run_directory(directory, option) if world.is_main else None
+    except ConfigError as error:
+        problem = error
+    if not min_over_ranks(0 if problem else 1):
+        raise problem or ConfigError(f"{directory}: refused by rank 0, see its message")
+    return lock
+
+
+def lock_run_directory(directory: Path, option: str = "train.output_dir") -> IO[str]:
     """Lock a run directory until the returned file is closed or the process ends.
 
     POSIX record locks are used because network file systems carry them between hosts; where a file system knows no
@@ -36,8 +65,7 @@ def lock_run_directory(directory: Path) -> IO[str]:
         owner = file.read().strip() or "another process"
         file.close()
         raise ConfigError(
-            f"{directory}: owned by {owner}, which still runs; wait for it, stop it, or choose another "
-            "train.output_dir"
+            f"{directory}: owned by {owner}, which still runs; wait for it, stop it, or choose another {option}"
         ) from None
     file.truncate(0)
     job = os.environ.get("SLURM_JOB_ID")

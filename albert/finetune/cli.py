@@ -13,6 +13,7 @@ from albert.finetune.request import Request
 from albert.finetune.settings import FinetuneSettings, settings_for
 from albert.finetune.task_definition import METRICS_OF_KIND, Task
 from albert.finetune.tasks import TASKS, find_task
+from albert.run_lock import lock_for_all_ranks
 from albert.stopping import StopRequest
 
 _EXAMPLES = """examples:
@@ -102,6 +103,7 @@ def _run(request: Request, task: Task, settings: FinetuneSettings, stop: StopReq
     with peer_errors():
         world = init_world(settings.device, timeout_s=1800.0)
         try:
+            lock = lock_for_all_ranks(Path(request.output), "--output", world)
             if request.is_sweep:
                 run_sweep(prepared, request, settings, world, stop)
             else:
@@ -110,6 +112,8 @@ def _run(request: Request, task: Task, settings: FinetuneSettings, stop: StopReq
             close_world()  # all ranks are here
             raise
         close_world()
+    if lock:
+        lock.close()
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

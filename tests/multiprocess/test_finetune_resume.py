@@ -112,6 +112,14 @@ def test_a_signal_commits_and_the_same_command_goes_on_bitwise(inputs, whole, tm
     _assert_same(whole, tmp_path)
 
 
+def test_two_jobs_do_not_share_a_directory(inputs, tmp_path, capfd):
+    ranks = _start(inputs, tmp_path, "--max-steps=100000")
+    _wait_for_step(ranks, tmp_path, 3)
+    assert _start(inputs, tmp_path, "--max-steps=100000", ranks=2).results() == [78, 78]
+    assert "which still runs; wait for it, stop it, or choose another --output" in capfd.readouterr().err
+    ranks.processes[0].kill()
+
+
 def test_a_lost_rank_ends_the_others_with_its_own_code(inputs, tmp_path):
     ranks = _start(inputs, tmp_path, "--max-steps=100000", ranks=2)
     _wait_for_step(ranks, tmp_path, 3)

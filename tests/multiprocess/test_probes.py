@@ -86,7 +86,7 @@ def test_a_probe_gives_the_scores_of_its_checkpoint(inputs, tmp_path):
     assert (kind, step) == ("probe", 12)
     assert values["accuracy"] > 0.9 > values["majority_accuracy"]
     assert sorted(path.name for path in (tmp_path / "probes" / "step-00000012").iterdir()) == [
-        "config.yaml", "log.txt", "metrics.jsonl", "predictions-dev.jsonl", "results.json", "review-dev.md",
+        "config.yaml", "lock", "log.txt", "metrics.jsonl", "predictions-dev.jsonl", "results.json", "review-dev.md",
     ]  # fmt: skip
     again = Probes(_config(data), tmp_path, log)
     again.begin(14, model)
