@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -192,13 +193,19 @@ def _find_repeated(
     todo = [task for task in tasks if not signature_path(job.output, task.index).is_file()]
     for _ in _progress("dedup", _run(job, tokenizer, "sign", todo, num_workers, comm), todo, {}):
         pass
-    parts = [np.load(signature_path(job.output, task.index), allow_pickle=False) for task in tasks]
+    parts = [
+        np.load(signature_path(job.output, task.index), mmap_mode="r", allow_pickle=False) for task in tasks
+    ]
+    ends = [0, *np.cumsum([len(part) for part in parts]).tolist()]
     width = max((part.shape[1] for part in parts), default=1)
-    repeated = repeated_documents(np.concatenate([part.reshape(len(part), width) for part in parts]))
-    ends = np.cumsum([len(part) for part in parts])
-    for task, end, part in zip(tasks, ends.tolist(), parts, strict=True):
+    with tempfile.TemporaryFile(dir=job.output) as file:  # on disk: 64 hashes of each document
+        everything = np.memmap(file, np.uint64, "w+", shape=(width, max(ends[-1], 1)))
+        for part, (begin, end) in zip(parts, pairwise(ends), strict=True):
+            everything[:, begin:end] = part.T
+        repeated = repeated_documents(everything[:, : ends[-1]])
+    for task, (begin, end) in zip(tasks, pairwise(ends), strict=True):
         data = io.BytesIO()
-        np.save(data, repeated[end - len(part) : end], allow_pickle=False)
+        np.save(data, repeated[begin:end], allow_pickle=False)
         write_file_durably(repeated_path(job.output, task.index), [data.getvalue()])
 
 

@@ -28,7 +28,12 @@ _HASHES = example_keys(0x6D696E68617368, np.arange(_NUM_BANDS * _BAND_ROWS)) | n
 """[64] odd multipliers; the upper bits of the products are the permutations"""
 
 
-def signature(sentences: Sequence[str], text_hash: int, *, near: bool) -> Signatures:
+def signature_size(near: bool) -> int:
+    """Hashes of one document."""
+    return len(_HASHES) if near else 1
+
+
+def signature(sentences: Sequence[str], text_hash: int, near: bool) -> Signatures:
     """[1] hash of a document's text, or its [64] MinHash values."""
     if not near:
         return np.array([text_hash], np.uint64)
@@ -45,16 +50,21 @@ def signature(sentences: Sequence[str], text_hash: int, *, near: bool) -> Signat
 
 
 def repeated_documents(signatures: Signatures) -> NDArray[np.bool_]:
-    """[documents] True for those that repeat an earlier one; `signatures` is [documents, 1 or 64]."""
-    if signatures.shape[1] == 1:
-        return _later_of_group(signatures[:, 0])[0]
-    repeated = np.zeros(len(signatures), np.bool_)
+    """[documents] True for those that repeat an earlier one; `signatures` is [1 or 64, documents].
+
+    Of a memory-mapped array one row after the other is read, so that memory holds some 60 bytes for each document.
+    """
+    if len(signatures) == 1:
+        return _later_of_group(signatures[0])[0]
+    repeated = np.zeros(signatures.shape[1], np.bool_)
     for band in range(_NUM_BANDS):
-        rows = signatures[:, band * _BAND_ROWS : (band + 1) * _BAND_ROWS]
-        later, first = _later_of_group(example_keys(*np.ascontiguousarray(rows.T)))
+        rows = signatures[band * _BAND_ROWS : (band + 1) * _BAND_ROWS]
+        later, first = _later_of_group(example_keys(*rows))
         at = np.flatnonzero(later)
-        similarity = (signatures[at] == signatures[first[at]]).mean(axis=1)
-        repeated[at] |= similarity >= _SIMILAR
+        equal = np.zeros(len(at), np.int64)
+        for row in signatures:
+            equal += row[at] == row[first[at]]
+        repeated[at] |= equal >= _SIMILAR * len(signatures)
     return repeated
 
 

@@ -20,7 +20,7 @@ from albert.shards import Block, ShardEntry, write_shard
 from albert.tokenization import Tokenizer, load_tokenizer
 from data_prep.chinese import WordFinder
 from data_prep.corpus import DocumentBatch, read_documents
-from data_prep.dedup import signature
+from data_prep.dedup import signature, signature_size
 from data_prep.examples import ExampleMaker
 from data_prep.plan import Task
 from data_prep.segments import TokenizedDocuments
@@ -132,17 +132,18 @@ class Worker:
     def sign(self, task: Task) -> TaskRecord:
         """Write the signatures of a task's documents, for --dedup."""
         near = self.job.settings.dedup == "near"
-        rows = [
-            signature(batch.sentences[a:b], text_hash, near=near)
-            for part in task.parts
-            for batch in read_documents(part, self.job.settings, Counter())
-            for (a, b), text_hash in zip(pairwise(batch.ends), document_hashes(batch).tolist(), strict=True)
-        ]
+        parts = [np.zeros((0, signature_size(near)), np.uint64)]
+        for part in task.parts:
+            for batch in read_documents(part, self.job.settings, Counter()):
+                documents = zip(pairwise(batch.ends), document_hashes(batch).tolist(), strict=True)
+                rows = [signature(batch.sentences[a:b], text_hash, near) for (a, b), text_hash in documents]
+                parts.append(np.array(rows, np.uint64).reshape(len(rows), signature_size(near)))
+        everything = np.concatenate(parts)
         data = io.BytesIO()
-        np.save(data, np.array(rows, np.uint64).reshape(len(rows), -1), allow_pickle=False)
+        np.save(data, everything, allow_pickle=False)
         write_file_durably(signature_path(self.job.output, task.index), [data.getvalue()])
         return TaskRecord(
-            task=task.index, input_bytes=task.bytes, counts={"documents_in": len(rows)}, shards=()
+            task=task.index, input_bytes=task.bytes, counts={"documents_in": len(everything)}, shards=()
         )
 
     def _train_blocks(

@@ -296,9 +296,10 @@ def test_weights_repeat_and_leave_out_documents(place, tmp_path):
 def test_repeated_documents_are_dropped(place, tmp_path):
     text = (place / "english.txt").read_text()
     (tmp_path / "twice.txt").write_text(text + "\n" + text)
+    (tmp_path / "blank.txt").write_text(" \n\n" * 500_000)  # a task of its own, without any document
     for kind in ("exact", "near"):
         base = request(place, tmp_path / kind, dedup=kind)
-        manifest = build(replace(base, inputs=(str(tmp_path / "twice.txt"),)))
+        manifest = build(replace(base, inputs=(str(tmp_path / "blank.txt"), str(tmp_path / "twice.txt"))))
         documents = len(english_documents())
         assert manifest.totals["documents_in"] == 2 * documents
         assert documents <= manifest.totals["rejected.repeated"] <= documents + 8

@@ -265,5 +265,5 @@ def test_duplicates_are_found():
     half = documents[5][: len(documents[5]) // 2] + documents[6]
     texts = [*documents, documents[2], near, half, ["天下大势，分久必合，合久必分。"]]
     for is_near, expected in ((False, [20]), (True, [20, 21])):
-        rows = np.array([signature(text, document_hash(text), near=is_near) for text in texts])
-        assert np.flatnonzero(repeated_documents(rows)).tolist() == expected
+        rows = np.array([signature(text, document_hash(text), is_near) for text in texts])
+        assert np.flatnonzero(repeated_documents(rows.T)).tolist() == expected
