@@ -53,7 +53,7 @@ class ChoiceData:
             repeated, questions, keep, questions.lengths, tokenizer.cls_id, tokenizer.sep_id
         )
         self.lengths = np.add.reduceat(self._sequences.lengths, self._first_option[:-1])
-        self.is_labelled = self.examples[0].label is not None
+        self.is_labelled = self.examples[0].is_labelled
         self.loss_counts = np.full(len(self.examples), int(self.is_labelled), dtype=np.int64)
         self.row_width = int(self._num_options.max())
         self.notes = {"truncated contexts": int((repeated.lengths > room).sum())}

@@ -15,6 +15,11 @@ class TextExample:
     label: str | None
     """As it is written in the file; None where the file has no labels."""
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the answer is known."""
+        return self.label is not None
+
 
 @dataclass(frozen=True)
 class SpanExample:
@@ -40,6 +45,11 @@ class ChoiceExample:
     label: int | None
     """Index of the right option."""
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the answer is known."""
+        return self.label is not None
+
 
 @dataclass(frozen=True)
 class TagExample:
@@ -48,6 +58,11 @@ class TagExample:
     guid: str
     words: tuple[str, ...]
     tags: tuple[str, ...] | None
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the answer is known."""
+        return self.tags is not None
 
 
 Example = TextExample | SpanExample | ChoiceExample | TagExample

@@ -89,7 +89,18 @@ def read_split(
         raise DataError(
             f"{path}: no usable row; {_describe_bad_rows(path, bad, 0) if bad else 'header only'}"
         )
+    _check_all_or_none_labelled(path, examples)
     return Split(split, path, tuple(examples), skipped)
+
+
+def _check_all_or_none_labelled(path: Path, examples: Sequence[Example]) -> None:
+    labelled = Counter(example.is_labelled for example in examples)
+    if labelled[True] and labelled[False]:
+        first = next(number for number, example in enumerate(examples, start=1) if not example.is_labelled)
+        raise DataError(
+            f"{path}: {labelled[True]} examples have a label and {labelled[False]} have none "
+            f"(the first is example {first}); label all of them or none"
+        )
 
 
 def collect_labels(examples: Iterable[Example]) -> tuple[str, ...]:
@@ -128,7 +139,7 @@ def _read_text_rows(
     reader = _RowReader(task, columns, split, allowed)
     for row in read_rows(path):
         reader.add(row, path)
-    return reader.finish(path)
+    return reader.examples, reader.bad, reader.unagreed
 
 
 class _RowReader:
@@ -187,17 +198,6 @@ class _RowReader:
         if not label or (self.allowed is not None and label not in self.allowed):
             raise _BadCellError(f"label '{label}' is not one of {_listed(self.allowed or ('any word',))}")
         return label
-
-    def finish(self, path: Path) -> tuple[list[TextExample], list[BadRow], int]:
-        """Check that either all rows of a test file have labels or none."""
-        labelled = Counter(example.label is not None for example in self.examples)
-        if labelled[True] and labelled[False]:
-            first = next(number for number, e in enumerate(self.examples, start=1) if e.label is None)
-            raise DataError(
-                f"{path}: {labelled[True]} examples have a label and {labelled[False]} have none "
-                f"(the first is example {first}); label all of them or none"
-            )
-        return self.examples, self.bad, self.unagreed
 
 
 class _BadCellError(Exception):

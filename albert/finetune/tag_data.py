@@ -36,7 +36,7 @@ class TagData:
         self.split = split
         self.labels = tuple(labels)
         self.examples = [example for example in split.examples if isinstance(example, TagExample)]
-        self.is_labelled = self.examples[0].tags is not None
+        self.is_labelled = self.examples[0].is_labelled
         words = encode_texts(tokenizer, [word for example in self.examples for word in example.words])
         self._words = np.array([len(example.words) for example in self.examples], dtype=np.int64)
         sentences, self._word_starts = self._join_words(words, tokenizer.unk_id)

@@ -33,7 +33,7 @@ class TextData:
             tokenizer, [example.text_a for example in self.examples], pairs or None, max_seq_length
         )
         self.lengths = self._sequences.lengths
-        self.is_labelled = self.examples[0].label is not None
+        self.is_labelled = self.examples[0].is_labelled
         self.loss_counts = np.full(len(self.examples), int(self.is_labelled), dtype=np.int64)
         self.row_width = 1 if self.is_regression else len(self.labels)
         self.notes = {"truncated": self._sequences.num_truncated}

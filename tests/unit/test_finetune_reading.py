@@ -1,6 +1,7 @@
 """Data files of the tasks: what is tolerated, what is refused and with which words."""
 
 import json
+import re
 
 import pytest
 
@@ -215,6 +216,21 @@ def test_every_task_of_the_table_is_whole():
         assert set(task.files) == {"train", "dev", "test"}
         assert (task.columns is not None) == (task.form == "rows"), name
         assert task.kind != "classification" or task.labels, name
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "content"),
+    [
+        ("msra-ner", "test.txt", "a O\n\nb\n"),
+        ("c3", "test.json", '[[["s"], [{"question": "q", "choice": ["a", "b"], "answer": "a"},'
+         ' {"question": "q", "choice": ["a", "b"]}], 1]]'),
+    ],
+)  # fmt: skip
+def test_half_labelled_files_are_refused(tmp_path, task, name, content):
+    (tmp_path / name).write_text(content)
+    message = "1 examples have a label and 1 have none (the first is example 2); label all of them or none"
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_split(find_task(task), tmp_path, "test")
 
 
 @pytest.mark.parametrize(
