@@ -99,7 +99,7 @@ def test_five_kills_in_a_run(workspace, undisturbed, asynchronous):
     options = (*OPTIONS, "deepspeed.config=zero1", f"checkpoint.asynchronous={asynchronous}")
     name = f"five-{asynchronous}"
     for index in range(5):
-        start_and_kill(workspace, name, options, 3 * index, 3 * index + 2, seed=10 * asynchronous + index)
+        start_and_kill(workspace, name, options, 3 * index, 3 * index + 2, seed=30 * asynchronous + index)
     check(workspace, name, options, undisturbed("zero1"))
 
 
