@@ -91,12 +91,7 @@ def build(request: BuildRequest, comm: Any = None) -> Manifest | None:
 
 def _build(request: BuildRequest, comm: Any) -> Manifest:
     output = Path(request.output)
-    tokenizer = load_tokenizer(request.tokenizer)
-    if request.settings.whole_words == "jieba":
-        load_segmenter()
-    sources = find_sources(request.inputs, request.weights, request.settings)
-    tasks = plan_tasks(sources, request.settings)
-    description = _describe(request, sources, tokenizer)
+    tokenizer, sources, tasks, description = _plan(request)
     if (finished := finished_manifest(output, description)) is not None:
         return finished
     with locked_work_directory(output, description, sources) as work:
@@ -143,10 +138,7 @@ def build_part(request: BuildRequest, index: int, count: int) -> None:
             "--dedup: compares all documents, so parts cannot work alone; use --mpi or --workers"
         )
     output = Path(request.output)
-    tokenizer = load_tokenizer(request.tokenizer)
-    sources = find_sources(request.inputs, request.weights, request.settings)
-    tasks = plan_tasks(sources, request.settings)
-    description = _describe(request, sources, tokenizer)
+    tokenizer, sources, tasks, description = _plan(request)
     if finished_manifest(output, description) is not None:
         return
     with shared_work_directory(output, index, count) as work:
@@ -159,6 +151,17 @@ def build_part(request: BuildRequest, index: int, count: int) -> None:
         results = _run(job, tokenizer, "run", todo, request.num_workers, None)
         for record in _progress(f"part {index}/{count}", results, mine, done):
             save_record(work, record)
+
+
+def _plan(
+    request: BuildRequest,
+) -> tuple[Tokenizer, tuple[Source, ...], tuple[Task, ...], dict[str, Any]]:
+    """Check what is asked for, and cut it into tasks; the last value describes all that decides the bytes."""
+    tokenizer = load_tokenizer(request.tokenizer)
+    if request.settings.whole_words == "jieba":
+        load_segmenter()
+    sources = find_sources(request.inputs, request.weights, request.settings)
+    return tokenizer, sources, plan_tasks(sources, request.settings), _describe(request, sources, tokenizer)
 
 
 def _refuse_nothing(output: Path, manifest: Manifest) -> None:
