@@ -1,8 +1,8 @@
 """Useful floating-point operations of a training step. Imports no torch.
 
-Counts matrix products only, a multiply-add as 2, backward as twice forward, real tokens only; recomputation is
-not useful work. The usual 6 x parameters x tokens is 8 to 21 times too low for ALBERT, because the one layer is
-applied L times.
+Counts matrix products only, a multiply-add as 2, backward as twice forward, real tokens only; recomputation is not
+useful work, and neither is what the last layer would compute for tokens that no head uses (it does not). The usual
+6 x parameters x tokens is 8 to 21 times too low for ALBERT, because the one layer is applied L times.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ def step_flops(
         preds: predicted positions.
     """
     hidden, embed = config.hidden_size, config.embedding_size
-    layer = 8 * hidden**2 + 4 * hidden * config.intermediate_size
+    queries_keys_values, rest = 6 * hidden**2, 2 * hidden**2 + 4 * hidden * config.intermediate_size
     uses = config.num_layer_uses
-    forward = tokens * uses * layer + uses * 4 * hidden * sum_squared_lengths
+    forward: float = tokens * uses * queries_keys_values + uses * 4 * hidden * sum_squared_lengths
+    forward += (tokens * (uses - 1) + sequences + preds) * rest
     forward += sequences * (2 * hidden**2 + 4 * hidden)
     if config.layout == "brightmart":
         forward += tokens * 2 * embed * hidden

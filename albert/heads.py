@@ -94,8 +94,8 @@ class AlbertForPreTraining(AlbertHead):
 
     def forward(self, batch: PretrainBatch, with_accuracy: bool = False) -> PretrainOutput:
         """Summed losses of a batch, and counts of right predictions where asked for."""
-        hidden, pooled = self.albert(batch.sequences)
-        mlm_logits = _for_loss(self.mlm_logits(hidden.index_select(0, batch.masked_lm_indices)))
+        hidden, pooled = self.albert(batch.sequences, needed=batch.masked_lm_indices)
+        mlm_logits = _for_loss(self.mlm_logits(hidden))
         sop_logits = _for_loss(self.sop_classifier(pooled))
         mlm_labels, sop_labels = batch.masked_lm_labels, batch.sentence_order_labels
         return PretrainOutput(
@@ -146,7 +146,7 @@ class AlbertForSequenceClassification(AlbertHead):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits, or predicted numbers, [batch, num_labels]."""
-        _, pooled = self.albert(batch, first_only=True)
+        _, pooled = self.albert(batch, needed=batch.input_ids[:0])
         return self.classifier(self.dropout(pooled))
 
     def forward_padded(self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ class AlbertForMultipleChoice(AlbertHead):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits [questions, num_choices] of questions * num_choices sequences."""
-        _, pooled = self.albert(batch, first_only=True)
+        _, pooled = self.albert(batch, needed=batch.input_ids[:0])
         return self.choice_classifier(self.dropout(pooled)).view(-1, self.num_choices)
 
     def forward_padded(self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor) -> Tensor:

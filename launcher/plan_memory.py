@@ -90,7 +90,7 @@ def peak_memory(config: RunConfig, stage: int, num_ranks: int, *, seq_length: in
         weights=size * (parameters // share[3] + _joined_values(config.model)),
         gradients=_gradient_bytes(parameters, size, stage, share),
         optimizer=(3 if stage or size == 2 else 2) * _FP32 * parameters // share[1],
-        activations=sequences * seq_length * activation_bytes_per_token(config, seq_length),
+        activations=round(sequences * seq_length * activation_bytes_per_token(config, seq_length, preds)),
         vocabulary=sequences * preds * vocabulary_bytes_per_pred(config.model, size),
     )
 
@@ -108,14 +108,18 @@ def _gradient_bytes(parameters: int, size: int, stage: int, share: dict[int, int
     return size * parameters + accumulated
 
 
-def activation_bytes_per_token(config: RunConfig, seq_length: int) -> int:
-    """Bytes that all layer uses keep for one token."""
+def activation_bytes_per_token(config: RunConfig, seq_length: int, preds: int) -> float:
+    """Bytes that all layer uses keep for one token, on average.
+
+    Behind its attention, the last one keeps the tokens only that a head uses: the predicted ones and the first.
+    """
     model = config.model
     size = _FP32 if config.train.precision == "fp32" else 2
     kept = layer_bytes_per_token(config, seq_length)
     if config.train.activation_checkpointing:
         return model.num_layer_uses * model.hidden_size * size + kept
-    return model.num_layer_uses * kept
+    unused = max(0.0, 1 - (preds + 1) / seq_length)
+    return model.num_layer_uses * kept - unused * size * (3 * model.hidden_size + 2 * model.intermediate_size)
 
 
 def layer_bytes_per_token(config: RunConfig, seq_length: int) -> int:

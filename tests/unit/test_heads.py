@@ -172,19 +172,21 @@ def test_a_batch_without_any_target_costs_nothing():
     ],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_last_layer_on_first_tokens_alone_gives_the_same(options, checkpointing):
+def test_the_last_layer_on_the_needed_tokens_alone_gives_the_same(options, checkpointing):
     torch.manual_seed(0)
     model = perturbed(AlbertForSequenceClassification(tiny(**options), 3))
     model.activation_checkpointing = checkpointing
     batch = random_sequences(60)
-    results = {}
-    for first_only in (False, True):
-        model.zero_grad()
-        hidden, pooled = model.albert(batch, first_only=first_only)
-        first = hidden if first_only else hidden[batch.cu_seqlens[:-1].long()]
-        (first.square().sum() + pooled.sum()).backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        results[first_only] = {"first": first.detach(), "pooled": pooled.detach(), **gradients}
-    assert results[True].keys() == results[False].keys()
-    for name, tensor in results[False].items():
-        torch.testing.assert_close(results[True][name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+    for needed in (torch.tensor([], dtype=torch.int64), torch.tensor([3, 1, len(batch.input_ids) - 1, 5])):
+        results = []
+        for argument in (None, needed):
+            model.zero_grad()
+            hidden, pooled = model.albert(batch, needed=argument)
+            hidden = hidden[needed] if argument is None else hidden
+            (hidden.square().sum() + pooled.sum()).backward()
+            gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            results.append({"hidden": hidden.detach(), "pooled": pooled.detach(), **gradients})
+        whole, part = results
+        assert part.keys() == whole.keys()
+        for name, tensor in whole.items():
+            torch.testing.assert_close(part[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
