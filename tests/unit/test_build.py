@@ -182,6 +182,26 @@ def test_the_same_command_gives_the_same_bytes(place, dataset, tmp_path):
     assert fingerprint(tmp_path / "other") != fingerprint(dataset)
 
 
+@pytest.mark.parametrize(
+    ("pairs", "digest"),
+    [
+        ("strict", "c4382ee31a05fa79"),
+        ("google", "2d59ebaa7f106da4"),
+        ("albert_pytorch", "e81148bec2977877"),
+        ("none", "1feb4047a89462f6"),
+    ],
+)
+def test_the_bytes_of_a_dataset_are_pinned(tmp_path, pairs, digest):
+    """What changes these changes every dataset that is built; it has to be meant."""
+    corpus = tmp_path / "zh.txt"
+    corpus.write_text("\n".join(f"第{i}回\n{CHINESE}" for i in range(40)), encoding="utf-8")
+    vocabulary = wordpiece_vocabulary(tmp_path / "vocab.txt")
+    settings = BuildSettings(max_seq_length=64, dupe_factor=2, eval_fraction=0.1, pairs=pairs)
+    manifest = build(BuildRequest((str(corpus),), str(vocabulary), str(tmp_path / "out"), settings))
+    shards = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode())
+    assert shards.hexdigest()[:16] == digest
+
+
 def test_a_finished_dataset_is_left_alone(place, dataset):
     before = {path: path.stat().st_mtime_ns for path in dataset.rglob("*")}
     make(place, dataset, dupe_factor=2)
