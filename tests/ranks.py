@@ -6,6 +6,7 @@ joined a process group.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -38,6 +39,7 @@ def _child(
     pipe: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple
 ) -> None:
     os.environ.update(environment)
+    gc.freeze()  # DeepSpeed collects garbage again and again; what was imported before the fork is none
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
