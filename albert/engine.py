@@ -22,6 +22,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 import deepspeed.ops
+import deepspeed.runtime.bf16_optimizer
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
@@ -46,6 +47,8 @@ deepspeed_logger.setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
 # Compiled at the first use otherwise, for a minute, and a rank killed meanwhile leaves a lock that hangs later runs.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# Collects garbage before each of its memory tables, two per parameter group: most of the time of a bf16 start.
+deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 WEIGHTS = "weights"
 STATE_PARTS = (WEIGHTS, *STATE_KEYS)

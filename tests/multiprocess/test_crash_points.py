@@ -166,6 +166,7 @@ def all_strikes(tmp_path: Path, saves: Saves, world_size: int, rank: int) -> lis
 CASES = [(FRESH, 1, 0), (AGAIN, 1, 0), (FRESH, 2, 0), (FRESH, 2, 1)]
 
 
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize(
     ("saves", "world_size", "rank"), CASES, ids=["fresh", "again", "rank0of2", "rank1of2"]
 )
