@@ -367,8 +367,7 @@ def _strip_accents(text: str) -> str:
 
 def _drop_combining(text: str) -> str:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    table = _combining()
-    accents = table[np.minimum(codes, len(table) - 1)]
+    accents = _combining().take(codes, mode="clip")
     return codes[~accents].tobytes().decode("utf-32-le", "surrogatepass") if accents.any() else text
 
 

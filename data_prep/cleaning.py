@@ -1,7 +1,7 @@
 """Text hygiene: line ends, control characters, over-long lines, sentence splitting. Every change is counted.
 
-The common case, clean text, must cost next to nothing beside the tokenizer: bytes are tested with `translate` and
-substring searches, which run at memory speed, and only dirty text takes the slow path.
+The common case, clean text, must cost next to nothing beside the tokenizer: it is tested with `translate` or a table,
+which run at memory speed, and only dirty text takes the slow path.
 """
 
 from __future__ import annotations
@@ -17,15 +17,6 @@ MAX_INVALID_SHARE = 0.01
 """A document with more undecodable characters than this is rejected."""
 
 _CONTROL_BYTES = bytes([*range(9), *range(11, 32), 127])
-# UTF-8 of C1 controls, U+200B..U+206F as far as they are removed, U+FEFF and U+FFFC..U+FFFF, as 24-bit numbers; of
-# C1 controls, which have two bytes, the third is cleared.
-_LEAD_BYTES = (0xC2, 0xE2, 0xEF)
-_SUSPECT_SEQUENCES = np.array(
-    [0xC28000 + (i << 8) for i in range(0x20)]
-    + [0xE28000 + i for i in (0x8B, 0x8E, 0x8F, *range(0xA8, 0xAF))]
-    + [0xE28100 + i for i in range(0xA0, 0xB0)]
-    + [0xEFBBBF, 0xEFBFBC, 0xEFBFBD, 0xEFBFBE, 0xEFBFBF]
-)
 _LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 # Controls, zero-width and direction marks, byte order marks, replacement and non-characters, lone surrogates.
 # Zero-width joiners (U+200C, U+200D) stay: Persian, Indic scripts and emoji need them.
@@ -33,6 +24,11 @@ _REMOVED = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufffc\ufffe\uffff\ud800-\udfff]+"
 )
 _INVALID = "\ufffd"
+_SUSPECT_UNITS = np.zeros(1 << 16, np.bool_)
+"""[UTF-16 code units] what cleaning looks for; characters of two units are never that"""
+for _code in (*range(0x2100), *range(0xFE00, 0x10000)):
+    _SUSPECT_UNITS[_code] = bool(_LINE_ENDS.match(chr(_code)) or _REMOVED.match(chr(_code)))
+_SUSPECT_UNITS[ord(_INVALID)] = True
 
 # A sentence ends at . ! ? with closing quotes, before a space and something that can begin a sentence; or at a
 # Chinese full stop with its closing quotes. Common abbreviations and initials do not end one. The patterns begin with
@@ -44,26 +40,17 @@ _SENTENCE_END = re.compile(
 )
 _CHINESE_SENTENCE_END = re.compile(r"([。！？]+[…”’」』）〉》]*)[ \t\u3000]*(?=[^\s…”’」』）〉》])")
 # A line that stops in the middle of a sentence goes on with a lower-case letter.
+_GOES_ON = re.compile(r"\n[ \t]*[a-z]")
 _WRAPPED = re.compile(r"\n(?<=[a-z,;–-]\n)(?=[a-z])")
-_BLANK_BESIDE_LINE_END = re.compile(r"\n(?:(?<=[ \t]\n)|(?=[ \t]))")
 
 
-def is_suspect(data: bytes) -> bool:
-    """Whether bytes may hold anything that `clean_text` would change; False is certain."""
-    if len(data.translate(None, _CONTROL_BYTES)) != len(data):
-        return True
-    if data.isascii():
-        return False
-    codes = np.frombuffer(data + bytes(2), np.uint8)
-    lead = codes == _LEAD_BYTES[0]
-    for byte in _LEAD_BYTES[1:]:
-        lead |= codes == byte
-    at = np.flatnonzero(lead)
-    first = codes[at].astype(np.int64)
-    sequences = (
-        (first << 16) | (codes[at + 1].astype(np.int64) << 8) | np.where(first == 0xC2, 0, codes[at + 2])
-    )
-    return bool(np.isin(sequences, _SUSPECT_SEQUENCES).any())
+def is_suspect(text: str) -> bool:
+    """Whether text that was UTF-8 may hold anything that `clean_text` would change; False is certain."""
+    if text.isascii():
+        data = text.encode()
+        return len(data.translate(None, _CONTROL_BYTES)) != len(data)
+    units = np.frombuffer(text.encode("utf-16-le"), np.uint16)
+    return bool(_SUSPECT_UNITS[units].any())
 
 
 def clean_text(text: str, counts: Counter[str]) -> str:
@@ -88,9 +75,10 @@ def drop_invalid(text: str, counts: Counter[str]) -> str | None:
 
 def split_sentences(text: str) -> str:
     """Prose with a line break after every sentence; joins lines that break a sentence."""
-    if _BLANK_BESIDE_LINE_END.search(text):
+    if _GOES_ON.search(text):
         text = "\n".join(line.strip(" \t") for line in text.split("\n"))
-    text = _break_lines(_SENTENCE_END, _WRAPPED.sub(" ", text))
+        text = _WRAPPED.sub(" ", text)
+    text = _break_lines(_SENTENCE_END, text)
     return _break_lines(_CHINESE_SENTENCE_END, text) if any(stop in text for stop in "。！？") else text
 
 

@@ -166,12 +166,12 @@ def _parse(data: bytes, text_format: str, settings: BuildSettings, counts: Count
             if line.strip():
                 _add_json(batch, line, settings, counts)
         return batch
-    suspect = settings.encoding != "utf-8" or cleaning.is_suspect(data)
     try:
         text = data.decode(settings.encoding)
     except UnicodeDecodeError:
         _add_damaged_text(batch, data, text_format, settings, counts)
         return batch
+    suspect = settings.encoding != "utf-8" or cleaning.is_suspect(text)
     if suspect:
         text = cleaning.clean_text(text, counts)
     _add_text(batch, text, text_format, suspect, counts)
