@@ -132,10 +132,10 @@ def _build(text: Path, tokenizer: Path, output: Path, dupe_factor: int = 1, num_
         build(request)
 
 
-def _seconds(action: Callable[[], None], clock: Callable[[], float] = time.process_time) -> float:
-    begin = clock()
+def _seconds(action: Callable[[], None]) -> float:
+    begin = time.process_time()
     action()
-    return clock() - begin
+    return time.process_time() - begin
 
 
 def _compare(name: str, text: Path, model: Path, rounds: int, place: Path, dupe_factor: int = 1) -> None:
@@ -160,29 +160,33 @@ def _compare(name: str, text: Path, model: Path, rounds: int, place: Path, dupe_
 def _two_workers(text: Path, model: Path, rounds: int, place: Path) -> None:
     """Wall-clock time of one worker over two on 250 MB, so that the half second of their start counts little.
 
-    Besides, on a busy machine too: the share of the CPU time that the parent of two workers spends, which bounds
-    what more workers can gain.
+    On a busy machine two figures in CPU seconds tell what an idle one would do: what two workers spend over what one
+    spends, and the share of it that the parent spends alone, which bounds what more workers can gain.
     """
     longer = _repeat(text, place, _PARALLEL_BYTES)
-    ratios, shares = [], []
+    figures: dict[str, list[float]] = {"two_workers": [], "two_workers_cpu": [], "parent_share": []}
     for number in range(rounds):
-        taken = {}
+        wall, own, all_cpu = {}, {}, {}
         for workers in (1, 2) if number % 2 else (2, 1):
             output = place / f"out{workers}"
-            parent, children = time.process_time(), resource.getrusage(resource.RUSAGE_CHILDREN)
-            taken[workers] = _seconds(
-                lambda o=output, w=workers: _build(longer, model, o, num_workers=w), time.perf_counter
-            )
-            if workers == 2:
-                after = resource.getrusage(resource.RUSAGE_CHILDREN)
-                own = time.process_time() - parent
-                others = after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime
-                shares.append(own / (own + others))
+            before = time.perf_counter(), time.process_time(), _children_seconds()
+            _build(longer, model, output, num_workers=workers)
+            wall[workers] = time.perf_counter() - before[0]
+            own[workers] = time.process_time() - before[1]
+            all_cpu[workers] = own[workers] + _children_seconds() - before[2]
             shutil.rmtree(output)
-        ratios.append(taken[1] / taken[2])
-    bytes_in = longer.stat().st_size
-    print_figure("data_prep_two_workers", ratios, "x one worker", input_bytes=bytes_in)
-    print_figure("data_prep_parent_share", shares, "of all CPU seconds", input_bytes=bytes_in, workers=2)
+        figures["two_workers"].append(wall[1] / wall[2])
+        figures["two_workers_cpu"].append(all_cpu[2] / all_cpu[1])
+        figures["parent_share"].append(own[2] / all_cpu[2])
+    units = ("x one worker", "x CPU seconds of one worker", "of all CPU seconds")
+    for (name, values), unit in zip(figures.items(), units, strict=True):
+        print_figure(f"data_prep_{name}", values, unit, input_bytes=longer.stat().st_size)
+
+
+def _children_seconds() -> float:
+    """CPU seconds of processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _repeat(text: Path, place: Path, size: int) -> Path:
