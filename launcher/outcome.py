@@ -48,7 +48,7 @@ def job_outcome(ends: Sequence[RankEnd], num_ranks: int) -> Outcome:
     if causes:
         return _from_cause(min(causes, key=lambda end: end.at))
     codes = {end.code for end in ends}
-    if len(ends) < num_ranks or -signal.SIGKILL in codes:
+    if len(ends) < num_ranks or min(codes) < 0:
         return Outcome(_LOST, _not_ended(ends, num_ranks))
     return Outcome(max(codes, default=_LOST))
 

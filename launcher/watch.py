@@ -62,8 +62,9 @@ class LocalReach:
         """Kill the ranks themselves, a moment after they were asked to print where they are (`albert.watchdog`)."""
         if self._asked_for_stacks_at is None:
             self._asked_for_stacks_at = time.monotonic()
-            self._send(signal.SIGQUIT)
+            asked = self._send(signal.SIGQUIT)
             self._send(signal.SIGCONT)  # a stopped one could not
+            return asked  # which ends programs that do not know it
         if time.monotonic() - self._asked_for_stacks_at < STACKS_S:
             return set()
         return self._send(signal.SIGKILL)
