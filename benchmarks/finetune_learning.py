@@ -149,7 +149,7 @@ def draw(curve: dict[int, tuple[float, float]], baselines: dict[str, float], pat
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    mpl.rcParams["svg.hashsalt"] = "curve"
+    mpl.rcParams.update({"svg.hashsalt": "curve", "svg.fonttype": "none"})
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     steps = sorted(curve)
     means, deviations = zip(*(curve[step] for step in steps), strict=True)
