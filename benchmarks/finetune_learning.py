@@ -104,7 +104,7 @@ def write_config(options: argparse.Namespace) -> Path:
             "micro_batch_size": 24, "precision": "fp32",
         },
         "optimizer": {"name": "adamw", "learning_rate": 0.001, "beta2": 0.98},
-        "schedule": {"name": "wsd", "warmup_steps": 100, "decay_steps": min(300, options.steps // 4)},
+        "schedule": {"name": "wsd", "warmup_steps": 100, "decay_steps": min(400, options.steps // 4)},
         "eval": {"interval_steps": _KEEP_EVERY, "num_examples": 256, "micro_batch_size": 64},
         "checkpoint": {"interval_steps": 250, "keep_last": 1, "keep_every": _KEEP_EVERY},
         "deepspeed": {"config": "zero0"},
