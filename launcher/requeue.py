@@ -31,7 +31,7 @@ def requeue(allocation: Allocation, exit_code: int, bad_nodes: Sequence[str] = (
     fields = patiently(lambda: job_fields(allocation.job_id))
     state = fields.get("JobState", "")
     if state != "RUNNING":
-        say(f"not requeued from here: Slurm says {state}")
+        say(f"Slurm ends or requeues this job itself ({state})")
         return exit_code
     try:
         if bad_nodes:

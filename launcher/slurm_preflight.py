@@ -55,7 +55,8 @@ def run_preflight(
     nodes = bad_nodes(found, attempt.ends, allocation) if not attempt.asked else []
     problems = found["problems"] if found else []
     cause = next(iter(problems), last_error(directory, attempt.ends) or attempt.outcome.line)
-    return PreflightResult(attempt, cause and f"preflight: {cause}", tuple(nodes))
+    named = cause and f"preflight: {cause.removeprefix('preflight: ')}"
+    return PreflightResult(attempt, named, tuple(nodes))
 
 
 def bad_nodes(report: Mapping[str, Any] | None, ends: Sequence[RankEnd], allocation: Allocation) -> list[str]:
