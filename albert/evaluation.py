@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 import torch
 
 from albert.batches import PretrainBatch
+from albert.blocks import NO_SENTENCE_ORDER
 from albert.config import RunConfig
 from albert.distributed import World, sum_over_ranks
 from albert.engine import Engine
 from albert.errors import ConfigError
 from albert.loader import ExampleSource
-from albert.shards import NO_SENTENCE_ORDER, Manifest
+from albert.manifest import Manifest
 
 _CACHED_BLOCKS = 2
 

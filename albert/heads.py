@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from albert.batches import PackedBatch, PretrainBatch
+from albert.blocks import NO_SENTENCE_ORDER
 from albert.model_config import ModelConfig
 from albert.modeling import ACTIVATIONS, AlbertModel, initialize_weights
-from albert.shards import NO_SENTENCE_ORDER
 
 Problem = Literal["single_label", "multi_label", "regression"]
 """What a sequence classifier predicts."""

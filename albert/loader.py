@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from albert.batches import PretrainBatch, pack
+from albert.blocks import Block
 from albert.config import DataConfig
 from albert.errors import AlbertError, ConfigError
+from albert.manifest import Manifest, dataset_tokenizer
 from albert.masking import MaskingPolicy, example_keys, remask_block
 from albert.sample_order import Place, Ranges, SampleOrder, rank_share, step_positions
 from albert.shard_cache import CacheOptions
-from albert.shards import Block, Manifest, ShardReader, dataset_tokenizer
+from albert.shards import ShardReader
 from albert.tokenization import load_tokenizer
 
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from albert.shards import Block
+from albert.blocks import Block
 from albert.tokenization import Tokenizer
 
 Keys = NDArray[np.uint64]

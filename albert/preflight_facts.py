@@ -16,7 +16,7 @@ from typing import Any
 from albert.addresses import is_remote
 from albert.config import RunConfig
 from albert.errors import AlbertError, ConfigError
-from albert.shards import dataset_tokenizer, read_manifest
+from albert.manifest import dataset_tokenizer, read_manifest
 
 Facts = dict[str, Any]
 """What one rank found on its host."""

@@ -17,9 +17,9 @@ from albert.config import RunConfig, load_run_config, recipe_names
 from albert.deepspeed_config import build_deepspeed_config
 from albert.durable_files import write_file_durably
 from albert.errors import ConfigError, NonFiniteError, PreemptedError, end_rank, run_command
+from albert.manifest import Manifest, dataset_tokenizer, read_manifest
 from albert.probes import check_probe
 from albert.run_lock import lock_for_all_ranks
-from albert.shards import Manifest, dataset_tokenizer, read_manifest
 from albert.stopping import StopRequest
 
 if TYPE_CHECKING:

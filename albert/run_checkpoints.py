@@ -13,9 +13,9 @@ from albert.engine import Engine
 from albert.errors import ConfigError, DataError, MissingInputError
 from albert.ledger import Ledger
 from albert.loss_spikes import SkippedStep, read_skipped, write_skipped
+from albert.manifest import Manifest, dataset_tokenizer
 from albert.model_config import model_config_bytes
 from albert.resuming import check_resumable
-from albert.shards import Manifest, dataset_tokenizer
 
 
 class RunCheckpoints:

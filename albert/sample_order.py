@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from albert.config import DataConfig
 from albert.errors import ConfigError
-from albert.shards import Manifest
+from albert.manifest import Manifest
 
 _AUTO_LANES = (960, 480, 240, 120, 60, 24, 12, 6, 4, 2, 1)
 _MIN_BLOCKS_PER_LANE = 16

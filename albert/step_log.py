@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from albert.batches import PretrainBatch
+from albert.blocks import NO_SENTENCE_ORDER
 from albert.distributed import sum_over_ranks
 from albert.flops import step_flops
 from albert.model_config import ModelConfig
-from albert.shards import NO_SENTENCE_ORDER
 
 
 @dataclass(frozen=True)

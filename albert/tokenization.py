@@ -26,8 +26,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from albert.blocks import ids_dtype
 from albert.errors import DataError, MissingInputError
-from albert.shards import ids_dtype
 
 SENTENCEPIECE_FILE = "spiece.model"
 WORDPIECE_FILE = "vocab.txt"

@@ -27,8 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
+from albert.manifest import read_manifest
 from albert.masking import MaskingPolicy, example_keys, remask_block
-from albert.shards import ShardReader, read_manifest
+from albert.shards import ShardReader
 from albert.tokenization import SentencePieceTokenizer, Tokenizer, WordPieceTokenizer, load_tokenizer
 from benchmarks.figure import print_figure
 from data_prep.build import BuildRequest, build

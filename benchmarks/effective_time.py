@@ -28,8 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from albert.manifest import write_manifest
 from albert.monitoring import read_metrics
-from albert.shards import write_manifest
 from benchmarks.figure import print_figure
 from benchmarks.loader import VOCAB_SIZE, write_dataset
 

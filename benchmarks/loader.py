@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from albert.blocks import MAX_EXAMPLES_PER_BLOCK, Block
 from albert.config import DataConfig
 from albert.loader import BatchPlan, TrainLoader
-from albert.shards import MAX_EXAMPLES_PER_BLOCK, Block, Manifest, TokenizerEntry, write_shard
+from albert.manifest import Manifest, TokenizerEntry
+from albert.shards import write_shard
 from benchmarks.figure import print_figure
 
 VOCAB_SIZE = 30000

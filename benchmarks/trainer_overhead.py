@@ -25,9 +25,9 @@ from albert.distributed import World, barrier, close_world, init_world
 from albert.engine import Engine
 from albert.heads import AlbertForPreTraining
 from albert.loader import BatchPlan, TrainLoader
+from albert.manifest import Manifest
 from albert.monitoring import Monitor
 from albert.run_checkpoints import RunCheckpoints
-from albert.shards import Manifest
 from albert.stopping import StopRequest
 from albert.trainer import Trainer
 from albert.watchdog import Watchdog

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from albert.blocks import Block
+from albert.manifest import Manifest, dataset_tokenizer, read_manifest
 from albert.masking import MaskingPolicy
-from albert.shards import Block, Manifest, dataset_tokenizer, read_manifest
 from albert.tokenization import Tokenizer, load_tokenizer
 from data_prep.show import ShownExample, read_blocks, take_example
 

@@ -19,13 +19,8 @@ from typing import Any
 import numpy as np
 
 from albert.errors import ConfigError, MissingInputError
-from albert.shards import (
-    FORMAT_VERSION,
-    Manifest,
-    TokenizerEntry,
-    write_file_durably,
-    write_manifest,
-)
+from albert.manifest import FORMAT_VERSION, Manifest, TokenizerEntry, write_manifest
+from albert.shards import write_file_durably
 from albert.tokenization import SENTENCEPIECE_FILE, WORDPIECE_FILE, Tokenizer, load_tokenizer
 from data_prep.chinese import load_segmenter
 from data_prep.corpus import read_documents

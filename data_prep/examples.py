@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from albert.blocks import MAX_EXAMPLES_PER_BLOCK, Block
 from albert.masking import MaskingPolicy, example_keys, mask_examples
-from albert.shards import MAX_EXAMPLES_PER_BLOCK, Block
 from albert.tokenization import Tokenizer
 from data_prep.segments import PairPolicy, Pairs, TokenizedDocuments, make_pairs, pack_documents
 from data_prep.settings import BuildSettings

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from albert.shards import NO_SENTENCE_ORDER
+from albert.blocks import NO_SENTENCE_ORDER
 from data_prep.settings import PairAlgorithm
 
 _MIN_CLAUSE_TOKENS = 4

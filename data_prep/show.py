@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from albert.blocks import Block
 from albert.errors import MissingInputError
-from albert.shards import Block, Manifest, ShardReader, dataset_tokenizer, read_manifest
+from albert.manifest import Manifest, dataset_tokenizer, read_manifest
+from albert.shards import ShardReader
 from albert.tokenization import Tokenizer, load_tokenizer
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from albert.addresses import is_remote
 from albert.errors import DataError, MissingInputError
+from albert.manifest import Manifest, dataset_tokenizer, read_manifest
 from albert.shard_cache import CacheOptions
-from albert.shards import Manifest, dataset_tokenizer, read_manifest, verify_shard
+from albert.shards import verify_shard
 from data_prep.parallel import process_pool
 from data_prep.progress import progress_bar
 

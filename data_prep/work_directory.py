@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from albert.durable_files import write_file_durably
 from albert.errors import ConfigError, UnsafeError
-from albert.shards import MANIFEST_NAME, Manifest, ShardEntry, read_manifest
+from albert.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest
 from data_prep.plan import Source
 
 _NAME = ".build"

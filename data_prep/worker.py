@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from albert.blocks import Block
 from albert.durable_files import write_file_durably
+from albert.manifest import ShardEntry
 from albert.masking import example_keys
-from albert.shards import Block, ShardEntry, write_shard
+from albert.shards import write_shard
 from albert.tokenization import Tokenizer, load_tokenizer
 from data_prep.chinese import WordFinder
 from data_prep.corpus import DocumentBatch, read_documents

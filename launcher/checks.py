@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from albert.config import load_run_config
 from albert.deepspeed_config import build_deepspeed_config
 from albert.errors import ConfigError
-from albert.shards import read_manifest
+from albert.manifest import read_manifest
 
 
 def check_pretrain(arguments: Sequence[str], num_ranks: int, *, with_data: bool = True) -> None:

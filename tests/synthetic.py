@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from albert.shards import Block, Manifest, TokenizerEntry, write_manifest, write_shard
+from albert.blocks import Block
+from albert.manifest import Manifest, TokenizerEntry, write_manifest
+from albert.shards import write_shard
 
 VOCAB_SIZE = 64
 MAX_LENGTH = 24

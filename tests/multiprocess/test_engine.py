@@ -15,9 +15,9 @@ from albert.distributed import World, close_world, init_world
 from albert.engine import STATE_PARTS, WEIGHTS, Engine
 from albert.heads import AlbertForPreTraining
 from albert.loader import BatchPlan, TrainLoader
+from albert.manifest import read_manifest
 from albert.model_config import ModelConfig
 from albert.optim.groups import is_excluded
-from albert.shards import read_manifest
 from albert.trainer import count_batch
 from tests.ranks import run_ranks
 from tests.synthetic import TINY_MODEL, make_dataset

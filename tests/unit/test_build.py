@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from albert.errors import AlbertError, ConfigError, DataError, MissingInputError, UnsafeError
+from albert.manifest import Manifest, read_manifest
 from albert.masking import MaskingPolicy
-from albert.shards import Manifest, ShardReader, read_manifest
+from albert.shards import ShardReader
 from albert.tokenization import load_tokenizer
 from data_prep import plan, worker
 from data_prep.audit import audit_dataset, ngram_law

@@ -84,6 +84,8 @@ def test_new_batch_shapes_are_compiled_a_few_times_and_then_never(on_cuda_path):
     for batch, reference in zip(batches, expected, strict=True):
         assert worst_error(gradients(model, batch), reference) < 1e-3
         compiled.append(counter.frame_count)
-    assert compiled[0] == 4  # attention and feed-forward block, for all tokens and for those of the last layer
+    assert (
+        compiled[0] == 4
+    )  # attention and feed-forward block, for all tokens and for those of the last layer
     assert compiled[-1] <= 10
     assert compiled[-1] == compiled[3]  # nothing new once lengths over 128 were seen

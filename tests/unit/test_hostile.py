@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from albert.shards import read_manifest
+from albert.manifest import read_manifest
 from data_prep.audit import audit_dataset
 from data_prep.verify import verify_dataset
 from tests.corpora import english_tokenizer, wordpiece_vocabulary

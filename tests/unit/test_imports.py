@@ -18,6 +18,8 @@ import pytest
         "albert.remote",
         "albert.sample_order",
         "albert.shard_cache",
+        "albert.blocks",
+        "albert.manifest",
         "albert.shards",
         "albert.tokenization",
         "data_prep.build",

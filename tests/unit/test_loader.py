@@ -12,7 +12,8 @@ import torch
 from albert.config import DataConfig
 from albert.errors import ConfigError, DataError
 from albert.loader import BatchPlan, ExampleSource, TrainLoader, check_dataset
-from albert.shards import Manifest, ShardReader, read_manifest
+from albert.manifest import Manifest, read_manifest
+from albert.shards import ShardReader
 from tests.synthetic import MAX_LENGTH, VOCAB_SIZE, make_dataset
 
 

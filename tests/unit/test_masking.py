@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from albert.blocks import Block
 from albert.masking import MaskingPolicy, example_keys, mask_examples, remask_block
-from albert.shards import Block
 
 CLS, SEP, MASK, FIRST, VOCAB = 2, 3, 4, 5, 3000
 ORDINARY = np.arange(FIRST, VOCAB)

@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from albert import remote, shards
+from albert import manifest as manifests
+from albert import remote
 from albert.config import DataConfig, load_run_config
 from albert.errors import AlbertError, ConfigError, DataError, DiskError, MissingInputError, UnsafeError
 from albert.loader import BatchPlan, TrainLoader
+from albert.manifest import dataset_tokenizer, read_manifest
 from albert.remote import Patience, fetch
 from albert.shard_cache import CacheOptions, ShardCache, default_cache_directory
-from albert.shards import ShardReader, dataset_tokenizer, read_manifest
+from albert.shards import ShardReader
 from data_prep.show import show_examples
 from data_prep.verify import verify_dataset
 from tests.faulty_http import ALL_FAULTS, FaultyServer
@@ -102,7 +104,7 @@ def test_unsized_files_start_again_after_a_fault(tmp_path):
     target = io.BytesIO()
     with FaultyServer(tmp_path) as server:
         server.script = ["short", "short_length", "reset", "status"]
-        fetch(f"{server.url}/manifest.json", target, None, shards._is_json, QUICK)
+        fetch(f"{server.url}/manifest.json", target, None, manifests._is_json, QUICK)
         assert all("Range" not in headers for _, headers in server.headers)
     assert target.getvalue() == content
 
@@ -110,7 +112,7 @@ def test_unsized_files_start_again_after_a_fault(tmp_path):
 def test_a_loader_over_a_faulty_server_equals_the_local_one(tmp_path, monkeypatch):
     dataset = tmp_path / "dataset"
     make_dataset(dataset)
-    monkeypatch.setattr(shards, "_MANIFEST_PATIENCE", QUICK)
+    monkeypatch.setattr(manifests, "_MANIFEST_PATIENCE", QUICK)
     faults = tuple(fault for fault in ALL_FAULTS if fault not in ("stall",))
     plan = BatchPlan(12, 6, 0, 1, 25)
     with FaultyServer(tmp_path, share=0.3, faults=faults, seed=2) as server:
@@ -406,7 +408,7 @@ def test_s3_is_read_through_signed_addresses(tmp_path, aws, capfd):
         aws.setenv("AWS_ENDPOINT_URL", server.url)
         aws.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
         aws.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        aws.setattr(shards, "_MANIFEST_PATIENCE", QUICK)
+        aws.setattr(manifests, "_MANIFEST_PATIENCE", QUICK)
         url = "s3://bucket/some/prefix"
         assert read_manifest(url) == manifest
         for split in ("train", "eval"):

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from albert.shards import NO_SENTENCE_ORDER
+from albert.blocks import NO_SENTENCE_ORDER
 from data_prep.segments import (
     PairPolicy,
     TokenizedDocuments,

@@ -12,24 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from albert.blocks import COLUMNS, Block, decode_block, encode_block, ids_dtype
 from albert.errors import DataError, MissingInputError
-from albert.shards import (
-    COLUMNS,
+from albert.manifest import (
     FORMAT_VERSION,
-    Block,
     Manifest,
-    ShardReader,
     TokenizerEntry,
-    decode_block,
-    encode_block,
-    ids_dtype,
     manifest_bytes,
     read_manifest,
-    verify_shard,
-    write_file_durably,
     write_manifest,
-    write_shard,
 )
+from albert.shards import ShardReader, verify_shard, write_file_durably, write_shard
 from tests.synthetic import VOCAB_SIZE, make_block
 
 
