@@ -36,6 +36,7 @@ SLOW_PHASES = ("start", "save", "commit", "rewind")
 _FACTOR = 5
 _KNOWN_AFTER = 5
 _HISTORY = 512
+_SILENT_AFTER = 4
 _FAREWELL_S = 1.0
 
 
@@ -79,8 +80,10 @@ class Watchdog:
         self._is_over = threading.Event()
         self._clock_s = 0.0
         self._is_listening = False
-        self._heard: dict[int, tuple[str, float]] = {}
-        """Rank -> its newest heartbeat, and when that came, by `_clock_s`."""
+        self._heard: dict[int, tuple[str, int]] = {}
+        """Rank -> its newest heartbeat, and how often in a row it was the same."""
+        self._num_exchanges = 0
+        """Since this rank listens."""
         self._interval_s = min(1.0, hang_timeout_s / 10)
         self._beats = Heartbeats(world, self._interval_s) if hang_timeout_s else None
 
@@ -109,13 +112,18 @@ class Watchdog:
         self._entered_at = now
         self._place = Place(step, phase)
 
-    def allowed_s(self, phase: str) -> float:
-        """How long a phase may take."""
-        own = self._durations_s[phase]
-        is_known = min(len(own), len(self._steps_s)) >= _KNOWN_AFTER
-        if phase in self._slow_phases or not is_known:
+    def hang_limit_s(self) -> float:
+        """How long a step's phase may take, and any phase while another rank is silent."""
+        if len(self._steps_s) < _KNOWN_AFTER:
             return max(self._slow_timeout_s, self._hang_timeout_s)
-        return max(self._hang_timeout_s, _FACTOR * _p99(self._steps_s), _FACTOR * _p99(own))
+        return max(self._hang_timeout_s, _FACTOR * _p99(self._steps_s))
+
+    def allowed_s(self, phase: str) -> float:
+        """How long a phase may take while all ranks are heard of."""
+        own = self._durations_s[phase]
+        if phase in self._slow_phases or len(own) < _KNOWN_AFTER:
+            return max(self._slow_timeout_s, self.hang_limit_s())
+        return max(self.hang_limit_s(), _FACTOR * _p99(own))
 
     def _watch(self) -> None:
         """Measure on a clock that stands still while this process does: a suspended job is no hanging one."""
@@ -126,16 +134,23 @@ class Watchdog:
             last = now
             if self._place is not seen:
                 seen, entered_s = self._place, self._clock_s
-            elapsed_s, allowed_s = self._clock_s - entered_s, self.allowed_s(seen.phase)
-            self._is_listening = elapsed_s > allowed_s / 2
-            if elapsed_s > allowed_s:
-                heard = dict(self._heard)
-                silent = self._silent(heard)
-                # Others may wait for one that does something slow.
-                phases = (json.loads(beat)[1] for rank, (beat, _) in heard.items() if rank not in silent)
-                allowed_s = max([allowed_s, *map(self.allowed_s, phases)])
-            if elapsed_s > allowed_s:
-                self._end(seen, elapsed_s, allowed_s, heard, silent)
+            elapsed_s, limit_s = self._clock_s - entered_s, self.hang_limit_s()
+            self._is_listening = elapsed_s > limit_s / 2
+            if elapsed_s > limit_s:
+                self._judge(seen, elapsed_s, limit_s)
+
+    def _judge(self, place: Place, elapsed_s: float, limit_s: float) -> None:
+        """End the rank unless somebody who is alive may need the time."""
+        heard = dict(self._heard)
+        silent = {rank for rank, (_, times) in heard.items() if times >= _SILENT_AFTER} - {self._world.rank}
+        if not silent:
+            phases = (json.loads(beat)[1] for beat, _ in heard.values())
+            limit_s = max(map(self.allowed_s, (place.phase, *phases)))
+            if self._num_exchanges <= _SILENT_AFTER:
+                # Wait until it is clear who is silent, if the others can be asked at all.
+                limit_s += 2 * _SILENT_AFTER * self._interval_s
+        if elapsed_s > limit_s:
+            self._end(place, elapsed_s, limit_s, {rank: beat for rank, (beat, _) in heard.items()}, silent)
 
     def _exchange(self) -> None:
         """Tell the other ranks where this one is and, when something takes long, hear where they are."""
@@ -144,26 +159,25 @@ class Watchdog:
             num_beats += 1
             place = self._place
             self._beats.send(json.dumps([place.step, place.phase, socket.gethostname(), num_beats]))
-            for rank, beat in self._beats.receive().items() if self._is_listening else ():
-                if rank not in self._heard or self._heard[rank][0] != beat:
-                    self._heard[rank] = (beat, self._clock_s)
-
-    def _silent(self, heard: Mapping[int, tuple[str, float]]) -> set[int]:
-        """Other ranks whose heartbeat has stopped."""
-        limit_s = self._clock_s - 3 * self._interval_s
-        return {rank for rank, (_, at) in heard.items() if rank != self._world.rank and at < limit_s}
+            if not self._is_listening:
+                self._heard, self._num_exchanges = {}, 0
+                continue
+            for rank, beat in self._beats.receive().items():
+                last, times = self._heard.get(rank, ("", 0))
+                self._heard[rank] = (beat, times + 1 if beat == last else 0)
+            self._num_exchanges += 1
 
     def _end(
         self,
         place: Place,
         elapsed_s: float,
         allowed_s: float,
-        heard: Mapping[int, tuple[str, float]],
+        beats: Mapping[int, str],
         silent: set[int],
     ) -> NoReturn:
         """Print where every rank is and every stack of this one, and end the process."""
-        beats = {rank: json.loads(beat) for rank, (beat, _) in heard.items()}
-        places = {rank: (Place(step, phase), host) for rank, (step, phase, host, _) in beats.items()}
+        told = {rank: json.loads(beat) for rank, beat in beats.items()}
+        places = {rank: (Place(step, phase), host) for rank, (step, phase, host, _) in told.items()}
         places[self._world.rank] = (place, socket.gethostname())
         missing = sorted(set(range(self._world.size)) - places.keys())
         reason = describe_hang(places, silent, missing)

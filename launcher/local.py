@@ -53,9 +53,7 @@ class LocalRun:
         lines = [
             f"# ranks on this machine: {self.num_ranks}",
             shlex.join(self.command()),
-            "# each rank then runs:",
-            *(f"export {name}={shlex.quote(value)}" for name, value in self.job.environment),
-            shlex.join(self.job.command()),
+            *self.job.describe(),
         ]
         return "\n".join(lines)
 

@@ -17,18 +17,19 @@ from launcher.supervisor import delay_s, fewer_ranks_chooser
 from tests import runs
 
 pytestmark = pytest.mark.multiprocess
+QUICK = (*runs.NO_DROPOUT, "checkpoint.interval_steps=20", "eval.interval_steps=0")
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.make_workspace(tmp_path_factory.mktemp("supervision"), num_steps=150)
+    return runs.make_workspace(tmp_path_factory.mktemp("supervision"), num_steps=200)
 
 
 def supervise(workspace: Path, name: str, launcher: list[str], *overrides: str) -> subprocess.Popen[str]:
     command = [
         sys.executable, "-m", "launcher", "local", "-n", "2", *launcher, "pretrain",
         "--config", str(workspace / "config.yaml"), f"train.output_dir={workspace / name}", "data.num_workers=0",
-        *runs.NO_DROPOUT, *overrides,
+        *QUICK, *overrides,
     ]  # fmt: skip
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -48,16 +49,18 @@ def test_a_stopped_rank_is_shown_and_replaced_by_a_start_on_fewer_ranks(workspac
     run = workspace / "stopped"
     options = ["--restarts", "2", "--min-ranks", "1"]
     launched = supervise(workspace, run.name, options, "train.hang_timeout_s=2", "log.ledger=true")
+    runs.wait_until(lambda: runs.last_step(run) >= 1, "step 1")
+    stopped = rank_pid(run, 1)
     runs.wait_until(lambda: runs.last_step(run) >= 20, "step 20")
-    os.kill(rank_pid(run, 1), signal.SIGSTOP)
+    os.kill(stopped, signal.SIGSTOP)
     output, _ = launched.communicate(timeout=200)
     assert launched.returncode == 0, output
-    assert re.search(r"rank 1 on \S+ is silent since \w+ of step \d+", output)
+    assert re.search(r"rank 1 on \S+ is silent since \w+ of step \d+", output), output
     assert output.count("launcher: restart 1 of 2, on 1 ranks in 1 s") == 1
     # The stopped rank, woken for it, printed where it was.
     assert re.search(r"\[rank 1\] .*most recent call first", output)
-    assert runs.last_step(run) == 150
-    assert runs.train(workspace, "whole", 2, *runs.NO_DROPOUT) == [0, 0]
+    assert runs.last_step(run) == 200
+    assert runs.train(workspace, "whole", 2, *QUICK) == [0, 0]
     ours, theirs = runs.losses(run), runs.losses(workspace / "whole")
     for key, values in theirs.items():
         assert ours[key]["mlm_loss"] == pytest.approx(values["mlm_loss"], rel=1e-3), key
