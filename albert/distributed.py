@@ -89,12 +89,18 @@ def peer_errors() -> Iterator[None]:
     """Turn the failure of a collective into one that names its cause.
 
     Raises:
-        PeerLostError: another rank died, hangs or cannot be reached.
+        PeerLostError: another rank died, hangs or cannot be reached, or a loader process of this one was killed.
     """
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
         text = str(error)
+        if "DataLoader worker" in text:
+            cause = " ".join(text.split())[:120]
+            raise PeerLostError(
+                f"a process that loads data for this rank was lost ({cause}), perhaps for want of memory; give the "
+                "same command again to go on from the last checkpoint"
+            ) from error
         if not isinstance(error, dist.DistError) and not _PEER_FAILURE.search(text):
             raise
         cause = " ".join(text.split())[:200]

@@ -43,7 +43,7 @@ def _start(directory: Path, run: str, num_steps: int, interval_steps: int) -> su
         f"train.global_batch_size={_RANKS * _MICRO_BATCH}", f"train.micro_batch_size={_MICRO_BATCH}",
         f"model.vocab_size={VOCAB_SIZE}", "train.precision=fp32", "schedule.warmup_steps=1",
         "eval.interval_steps=0", "log.progress=off", "log.interval_steps=1", "log.tensorboard=false",
-        "model.hidden_size=384", "model.intermediate_size=1536", "model.num_hidden_layers=6",
+        "data.num_workers=0", "model.hidden_size=384", "model.intermediate_size=1536", "model.num_hidden_layers=6",
         f"checkpoint.interval_steps={interval_steps}", "log.ledger=true",
     ]  # fmt: skip
     launcher = [sys.executable, "-m", "launcher", "local", "-n", str(_RANKS), "--restarts", "1000"]

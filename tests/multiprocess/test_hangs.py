@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import albert.trainer
-from albert.errors import end_rank
+from albert.distributed import peer_errors
+from albert.errors import PeerLostError, end_rank
 from albert.loader import TrainLoader
 from tests import runs
 from tests.ranks import Ranks
@@ -117,6 +118,27 @@ def test_a_rank_that_does_not_get_on_is_named_with_its_phase(workspace, capfd, f
     assert f"[rank 1] error: {phase} of step {FAULTY_STEP} has taken" in message
     assert "in _wait_for_ever" in message  # its stack says why
     assert_in_time(message, elapsed_s)
+
+
+def test_a_killed_loader_process_asks_for_a_restart(workspace):
+    run = workspace / "loader"
+    overrides = [f"train.output_dir={run}", *runs.ENDLESS, "eval.interval_steps=0"]
+    ranks = Ranks(2, _faulty_pretrain, lambda: None, str(workspace / "config.yaml"), overrides)
+    runs.wait_until(lambda: runs.last_step(run) > FAULTY_STEP, "some steps")
+    pid = ranks.processes[1].pid
+    (loader,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(int(loader), signal.SIGKILL)
+    assert [exit_code(ranks, rank) for rank in (0, 1)] == [76, 76]
+
+
+def test_a_lost_loader_process_is_told_from_a_lost_rank():
+    with (
+        pytest.raises(
+            PeerLostError, match=r"a process that loads data .* \(DataLoader worker \(pid 7\) is killed"
+        ),
+        peer_errors(),
+    ):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
 
 def test_a_suspended_job_goes_on(workspace):
