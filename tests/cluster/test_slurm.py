@@ -385,7 +385,9 @@ def test_a_lost_node_requeues_the_job_and_the_run_goes_on(site, shards, straight
         machines.plug("node2")
     site.cluster.wait_for_nodes()
     site.wait_done(job, 240)
-    assert "NODE FAILURE" in site.log(job, 1000)
+    # Slurm says so, or the other rank was faster.
+    causes = ("NODE FAILURE", "are allowed (train.hang_timeout_s)", "another rank died")
+    assert any(cause in site.log(job, 1000) for cause in causes)
     assert steps(site.directory / "run") == steps(straight)
 
 
