@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -161,11 +161,12 @@ class Trainer:
             # Before the update, which under ZeRO-1 and 2 brings all ranks fresh weights.
             check_replicas(self.engine.model, self.world, self.step + 1)
         result = self.engine.step(rate)
+        bad = {} if result.applied else self._find_bad_tensors(micro_batches, counts)
         self._advance(micro_batches)
         if result.applied:
             self._nonfinite_in_a_row = 0
         else:
-            self._report_nonfinite(micro_batches, counts, result.grad_norm)
+            self._report_nonfinite(result.grad_norm, bad)
         self._interval.add(self.config.model, sums, counts)
         if is_logging:
             self._log(sums, counts, rate, result.grad_norm)
@@ -202,30 +203,35 @@ class Trainer:
             key = [self.config.seed, _DROPOUT_STREAM, self.step, self.world.rank, micro_batch]
             torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
-    def _report_nonfinite(
-        self, micro_batches: Sequence[PretrainBatch], counts: BatchCounts, grad_norm: float
-    ) -> None:
+    def _find_bad_tensors(
+        self, micro_batches: Sequence[PretrainBatch], counts: BatchCounts
+    ) -> dict[int, str]:
+        """Rank -> first tensor of the dropped step that is not finite. Collective."""
+        if self._searches_loss_scale:
+            return {}
+        losses = [
+            partial(lambda i, b: self._forward(self.engine.model, i, b, counts, False)[0], index, batch)
+            for index, batch in enumerate(micro_batches)
+        ]
+        return first_bad_tensors(self.engine, losses)
+
+    @property
+    def _searches_loss_scale(self) -> bool:
+        """fp16 drops updates while it searches for a scale: that is no divergence until the scale is at its end."""
+        return self.engine.loss_scale > 1.0
+
+    def _report_nonfinite(self, grad_norm: float, bad: Mapping[int, str]) -> None:
         """Say which update was dropped and why; all ranks see the same gradient norm and agree."""
         self._nonfinite_in_a_row += 1
         limit = self.config.train.max_nonfinite_steps
         begin, end = self._spikes.newest
         what = f"update dropped: gradient norm {grad_norm}"
-        # fp16 drops updates while it searches for a loss scale: that is no divergence until the scale is at its end.
-        is_search = self.engine.loss_scale > 1.0
-        if is_search:
+        if self._searches_loss_scale:
             what += f" at loss scale {self.engine.loss_scale:g}"
-        else:
-            self.step -= 1  # dropout is drawn from the number of the step
-            losses = [
-                partial(lambda i, b: self._forward(self.engine.model, i, b, counts, False)[0], index, batch)
-                for index, batch in enumerate(micro_batches)
-            ]
-            bad = first_bad_tensors(self.engine, losses)
-            self.step += 1
-            what += "".join(f"; first bad tensor on rank {rank}: {name}" for rank, name in bad.items())
+        what += "".join(f"; first bad tensor on rank {rank}: {name}" for rank, name in bad.items())
         if self.monitor:
             self.monitor.event(self.step, what, positions=[begin, end])
-        if self._nonfinite_in_a_row >= limit and not is_search:
+        if self._nonfinite_in_a_row >= limit and not self._searches_loss_scale:
             raise NonFiniteError(
                 f"step {self.step}: loss or gradient was not finite {limit} times in a row ({what}); lower "
                 "optimizer.learning_rate or go on from an earlier checkpoint"

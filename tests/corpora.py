@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from pathlib import Path
 
@@ -47,3 +48,11 @@ def wordpiece_vocabulary(path: Path) -> Path:
     pieces += [f"##{c}" for c in letters] + words + characters + [f"##{c}" for c in characters[:5]]
     path.write_text("\n".join(dict.fromkeys(pieces)) + "\n", encoding="utf-8")
     return path
+
+
+def fingerprint(directory: Path) -> str:
+    """Hash of names and contents of all files."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        digest.update(str(path.relative_to(directory)).encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -97,10 +97,8 @@ def train(
         warning = collapse_warning(prepared, settings, tuner.progress)
         if warning and monitor:
             monitor.event(tuner.progress.step, warning)
-    if resumed:
-        _save_model(
-            prepared, settings, tuner, output
-        )  # on other ranks, other weights may have been saved meanwhile
+    if resumed:  # on other ranks, other weights may have been saved meanwhile
+        _save_model(prepared, settings, tuner, output)
     engine.load_weights(tuner.best)
     progress = tuner.progress
     result = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpora import english_tokenizer, write_english
+from tests.corpora import english_tokenizer, fingerprint, write_english
 
 pytestmark = pytest.mark.multiprocess
 
@@ -46,13 +45,6 @@ def build(place: Path, output: str, *options: str, **environment: str) -> subpro
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     said, _ = process.communicate(timeout=120)
     return process.returncode, said
-
-
-def fingerprint(directory: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        digest.update(str(path.relative_to(directory)).encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,14 @@ from data_prep.cli import _main
 from data_prep.settings import BuildSettings
 from data_prep.show import show_examples
 from data_prep.verify import verify_dataset
-from tests.corpora import CHINESE, english_documents, english_tokenizer, wordpiece_vocabulary, write_english
+from tests.corpora import (
+    CHINESE,
+    english_documents,
+    english_tokenizer,
+    fingerprint,
+    wordpiece_vocabulary,
+    write_english,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +57,6 @@ def make(place: Path, output: Path, **options) -> Manifest:
     manifest = build(request(place, output, **options))
     assert manifest is not None
     return manifest
-
-
-def fingerprint(directory: Path) -> str:
-    """Hash of names and contents of all files."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        digest.update(str(path.relative_to(directory)).encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 @pytest.fixture(scope="module")

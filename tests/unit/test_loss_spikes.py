@@ -60,9 +60,9 @@ def test_losses_are_matched_with_their_steps():
 
 def test_the_file_of_skipped_steps_is_kept_in_order(tmp_path):
     assert read_skipped(tmp_path) == []
-    steps = [SkippedStep(begin=k, end=k + 12, step=k // 12, loss=9.5, rewind=1) for k in (120, 24)]
+    steps = [SkippedStep(begin=k, end=k + 12, step=k // 12, loss=9.5, rewind=1) for k in (24, 120)]
     write_skipped(tmp_path, steps)
-    assert read_skipped(tmp_path) == steps[::-1]
+    assert read_skipped(tmp_path) == steps
     (tmp_path / SKIPPED_NAME).write_text('[{"begin": 1}]')
     with pytest.raises(DataError, match=r"skipped\.json: damaged \(4 validation errors"):
         read_skipped(tmp_path)
