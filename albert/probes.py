@@ -111,6 +111,7 @@ class Probes:
             "max-seq-length": config.max_seq_length,
             "eval-interval-steps": config.num_steps,
             "checkpoint-interval-steps": 0,
+            "hang-timeout-s": 0,  # with the lowest priority, a step may wait for the processor as long as it likes
             "device": config.device,
             "progress": "off",
         }

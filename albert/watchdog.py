@@ -60,6 +60,7 @@ class Watchdog:
         hang_timeout_s: float,
         slow_timeout_s: float,
         slow_phases: Collection[str] = SLOW_PHASES,
+        setting: str = "train.hang_timeout_s",
     ) -> None:
         """Watch nothing yet; use it as a context.
 
@@ -69,9 +70,10 @@ class Watchdog:
                 take five times as long as the slowest of a hundred steps did.
             slow_timeout_s: the same for a phase whose usual time is not known yet, and for slow ones.
             slow_phases: those that may take long now and then, as disks and networks do.
+            setting: what people call `hang_timeout_s`.
         """
         self._world, self._hang_timeout_s, self._slow_timeout_s = world, hang_timeout_s, slow_timeout_s
-        self._slow_phases = frozenset(slow_phases)
+        self._slow_phases, self._setting = frozenset(slow_phases), setting
         self._place = Place(0, "start")
         self._entered_at = time.perf_counter()
         self._step_began_at = self._entered_at
@@ -184,7 +186,7 @@ class Watchdog:
         prefix = f"[rank {self._world.rank}] " if self._world.rank else ""
         text = (
             f"{prefix}error: {place} has taken {elapsed_s:.1f} s, {allowed_s:.1f} s are allowed "
-            f"(train.hang_timeout_s); {reason}; give the same command again to go on from the last checkpoint\n"
+            f"({self._setting}); {reason}; give the same command again to go on from the last checkpoint\n"
         )
         # In one piece: the other ranks write theirs at the same time.
         sys.stderr.write(text + _all_stacks())

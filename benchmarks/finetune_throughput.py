@@ -41,6 +41,7 @@ from albert.finetune.training import build_engine
 from albert.model_config import MODEL_PRESETS, ModelConfig
 from albert.stopping import StopRequest
 from albert.tokenization import load_tokenizer
+from albert.watchdog import Watchdog
 from benchmarks.figure import print_figure
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -75,7 +76,8 @@ def own_rounds(
 
     def train() -> float:
         tuner = FineTuner(
-            settings, engine, world, train=data, dev=None, monitor=None, stop=StopRequest(), checkpoints=checkpoints
+            settings, engine, train=data, dev=None, monitor=None, stop=StopRequest(), checkpoints=checkpoints,
+            watchdog=Watchdog(world, 0.0, 600.0),
         )  # fmt: skip
         began_at = time.process_time()
         tuner.fit(lambda: None)

@@ -35,7 +35,7 @@ output: model/ (the best weights by --metric on dev; --model reads it again), re
       --do-predict the benchmark's submission file. --seeds and --learning-rates add sweep.json and sweep.md.
 A training that was stopped or killed goes on where it was when the same command is given again.
 exit codes: 0 done, 65 bad data, 66 missing input, 70 non-finite, 74 disk, 75 stopped by a signal with the checkpoint
-committed (start it again), 78 configuration"""
+committed (start it again), 76 another rank died or hangs (start it again), 78 configuration"""
 
 _SETTINGS: dict[str, tuple[type, str]] = {
     "learning_rate": (float, "peak learning rate"),
@@ -59,6 +59,11 @@ _SETTINGS: dict[str, tuple[type, str]] = {
     "early_stopping": (int, "stop after so many evaluations without a better one"),
     "seed": (int, "initial head, order and dropout"),
     "log_interval_steps": (int, "steps between lines of metrics"),
+    "hang_timeout_s": (
+        float,
+        "end with 76 when a rank is silent or stuck in a step for so long (10; 0: never)",
+    ),
+    "peer_timeout_s": (float, "the same for evaluation, saving and the first steps (600)"),
 }
 _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "schedule": (("linear", "cosine", "constant"), "learning rate after the warm-up"),
@@ -93,21 +98,28 @@ def _main() -> None:
 
 def _run(request: Request, task: Task, settings: FinetuneSettings, stop: StopRequest) -> None:
     """Import torch only once the command line is known to make sense."""
-    from albert.distributed import close_world, init_world, peer_errors
+    from albert.distributed import barrier, close_world, init_world, peer_errors
     from albert.finetune.preparation import prepare
     from albert.finetune.run import run_once
     from albert.finetune.sweep import run_sweep
+    from albert.watchdog import SLOW_PHASES, Watchdog
 
     stop.install()
     prepared = prepare(request, task, settings)
     with peer_errors():
-        world = init_world(settings.device, timeout_s=1800.0)
+        world = init_world(settings.device, settings.peer_timeout_s)
+        # Ranks wait for the one that evaluates most slowly.
+        slow = (*SLOW_PHASES, "evaluate")
         try:
             lock = lock_for_all_ranks(Path(request.output), "--output", world)
-            if request.is_sweep:
-                run_sweep(prepared, request, settings, world, stop)
-            else:
-                run_once(prepared, request, settings, Path(request.output), world, stop)
+            with Watchdog(
+                world, settings.hang_timeout_s, settings.peer_timeout_s, slow, "--hang-timeout-s"
+            ) as watchdog:
+                if request.is_sweep:
+                    run_sweep(prepared, request, settings, world, stop, watchdog)
+                else:
+                    run_once(prepared, request, settings, Path(request.output), world, stop, watchdog)
+                barrier()  # a rank that has left is as silent as a lost one
         except AlbertError:
             close_world()  # all ranks are here
             raise

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from albert.distributed import World, gather_rows, sum_over_ranks
+from albert.distributed import gather_rows, sum_over_ranks
 from albert.engine import WEIGHTS, Engine
 from albert.errors import NonFiniteError
 from albert.finetune.batching import BatchOrder, evaluation_batches
+from albert.finetune.features import LabelledBatch
 from albert.finetune.progress import Progress
 from albert.finetune.resume import TuningCheckpoints
 from albert.finetune.settings import FinetuneSettings
@@ -28,6 +30,7 @@ from albert.finetune.task_model import loss_sum
 from albert.monitoring import Monitor
 from albert.optim.schedules import learning_rate
 from albert.stopping import StopRequest
+from albert.watchdog import Watchdog
 
 _DROPOUT_STREAM = 12
 _MAX_NONFINITE_STEPS = 3
@@ -51,34 +54,34 @@ class FineTuner:
         self,
         settings: FinetuneSettings,
         engine: Engine,
-        world: World,
         *,
         train: TaskData,
         dev: TaskData | None,
         monitor: Monitor | None,
         stop: StopRequest,
         checkpoints: TuningCheckpoints,
+        watchdog: Watchdog,
     ) -> None:
         """Put the parts together.
 
         Args:
             settings: of the run.
             engine: model and optimizer.
-            world: the ranks.
             train: what is learned.
             dev: what chooses the best weights; None takes the last ones.
             monitor: on the main rank, None on the others.
             stop: set by signals.
             checkpoints: saves the run.
+            watchdog: is told what goes on.
         """
-        self.settings, self.engine, self.world = settings, engine, world
+        self.settings, self.engine, self.world = settings, engine, engine.world
         self.train, self.dev, self.monitor, self.stop = train, dev, monitor, stop
-        self.checkpoints = checkpoints
+        self.checkpoints, self.watchdog = checkpoints, watchdog
         num_units = len(train.lengths)
         self.num_steps = settings.num_steps(num_units)
         self.evaluation_interval = settings.steps_per_evaluation(num_units)
         self.checkpoint_interval = settings.steps_per_checkpoint(num_units)
-        self.micro_batch_size, _ = settings.micro_batches(world.size)
+        self.micro_batch_size, _ = settings.micro_batches(self.world.size)
         self.order = BatchOrder(num_units, settings.batch_size, settings.seed)
         self.schedule = settings.schedule_config(self.num_steps)
         self.progress = Progress()
@@ -107,9 +110,11 @@ class FineTuner:
         """
         progress = self.progress
         while progress.step < self.num_steps and not progress.stopped_early:
+            self.watchdog.enter("data", progress.step)
+            micro_batches = self._fetch()
             if self._agree_to_stop():
                 return False
-            self.train_step()
+            self.train_step(micro_batches)
             is_last = progress.step == self.num_steps
             if is_last or progress.step % self.settings.log_interval_steps == 0:
                 self._log()
@@ -121,32 +126,41 @@ class FineTuner:
 
     def _agree_to_stop(self) -> bool:
         """Whether any rank got a signal; the state is committed then. Also commits what all ranks have written."""
+        self.watchdog.enter("count", self.progress.step)
         flags = torch.tensor([self.stop.is_set, self.checkpoints.is_written], dtype=torch.int64)
         num_stopped, num_written = sum_over_ranks(flags).tolist()
         if num_stopped and self.progress.step and self._saved_step != self.progress.step:
             self._save()
         if num_stopped or num_written == self.world.size:
+            self.watchdog.enter("commit", self.progress.step)
             self.checkpoints.finish()
         return num_stopped > 0
 
     def _save(self) -> None:
         self._saved_step = self.progress.step
+        self.watchdog.enter("save", self.progress.step)
         self.checkpoints.begin(self.progress, self.best, self.progress.step * self.settings.batch_size)
 
-    def train_step(self) -> float:
+    def _fetch(self) -> list[LabelledBatch]:
+        """This rank's micro-batches of the next step."""
+        batches = self.order.micro_batches(
+            self.progress.step, self.world.rank, self.world.size, self.micro_batch_size, self.train.lengths
+        )
+        return [self.train.batch(units) for units in batches]
+
+    def train_step(self, micro_batches: Sequence[LabelledBatch]) -> float:
         """One optimizer step; returns the mean loss of the global batch."""
-        step, lengths = self.progress.step, self.train.lengths
+        step = self.progress.step
+        self.watchdog.enter("forward_backward", step)
         count = float(self.train.loss_counts[self.order.global_batch(step)].sum())
         self._seed_dropout(step)
         total = torch.zeros(1, dtype=torch.float64)
-        micro_batches = self.order.micro_batches(
-            step, self.world.rank, self.world.size, self.micro_batch_size, lengths
-        )
-        for units in micro_batches:
-            batch = self.train.batch(units).to(self.engine.device)
+        for micro_batch in micro_batches:
+            batch = micro_batch.to(self.engine.device)
             loss = loss_sum(self.engine.model, self.engine.forward(batch.sequences), batch) / count
             self.engine.backward(loss)
             total += loss.detach().double().cpu()
+        self.watchdog.enter("update", step)
         rate = learning_rate(self.schedule, self.settings.learning_rate, self.num_steps, step)
         result = self.engine.step(rate)
         loss_of_step = float(sum_over_ranks(total))
@@ -156,7 +170,7 @@ class FineTuner:
         interval.loss += loss_of_step
         interval.steps += 1
         interval.units += self.settings.batch_size
-        interval.tokens += int(lengths[self.order.global_batch(step)].sum())
+        interval.tokens += int(self.train.lengths[self.order.global_batch(step)].sum())
         self._last_rate, self._last_norm = rate, result.grad_norm
         return loss_of_step
 
@@ -196,7 +210,8 @@ class FineTuner:
                 self._keep(on_best)
             return
         began_at = time.perf_counter()
-        rows = evaluate_rows(self.engine, self.dev, self.world, self.settings.eval_batch_size)
+        on_batch = partial(self.watchdog.enter, "evaluate", progress.step)
+        rows = evaluate_rows(self.engine, self.dev, self.settings.eval_batch_size, on_batch)
         metrics = self.dev.scores(rows)
         progress.history.append({"step": progress.step, **metrics})
         if self.monitor:
@@ -216,6 +231,7 @@ class FineTuner:
 
     def _keep(self, on_best: Callable[[], None]) -> None:
         """Remember the present weights as the best ones."""
+        self.watchdog.enter("save", self.progress.step)
         self.progress.best_step = self.progress.step
         self.best = {
             name: tensor.clone() for part, name, tensor in self.engine.gather_state() if part == WEIGHTS
@@ -223,11 +239,21 @@ class FineTuner:
         on_best()
 
 
-def evaluate_rows(engine: Engine, data: TaskData, world: World, batch_size: int) -> NDArray[np.float32]:
-    """Outputs of all units of a split, [units, row_width], in order and equal on all ranks. Collective."""
-    batches = evaluation_batches(data.lengths, world.rank, world.size, batch_size)
+def evaluate_rows(
+    engine: Engine, data: TaskData, batch_size: int, on_batch: Callable[[], None]
+) -> NDArray[np.float32]:
+    """Outputs of all units of a split, [units, row_width], in order and equal on all ranks. Collective.
+
+    Args:
+        engine: holds the model.
+        data: the split.
+        batch_size: units per forward pass of one rank.
+        on_batch: called before every forward pass.
+    """
+    batches = evaluation_batches(data.lengths, engine.world.rank, engine.world.size, batch_size)
     parts = []
     for units in batches:
+        on_batch()
         batch = data.batch(units).to(engine.device)
         parts.append(data.rows(engine.evaluate(batch.sequences), batch, units))
     mine = np.concatenate(parts)

@@ -31,8 +31,8 @@ _PROGRESS = "progress.json"
 _BEST = "best.weights"
 """Safetensors under another suffix, which marks the files of the state."""
 _FREE = {
-    "checkpoint_interval_steps", "deepspeed", "device", "eval_batch_size", "log_interval_steps", "micro_batch_size",
-    "progress", "tensorboard",
+    "checkpoint_interval_steps", "deepspeed", "device", "eval_batch_size", "hang_timeout_s", "log_interval_steps",
+    "micro_batch_size", "peer_timeout_s", "progress", "tensorboard",
 }  # fmt: skip
 """Settings that change rounding at most."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from albert.finetune.task_model import build_model, initialise
 from albert.finetune.text_data import TextData
 from albert.finetune.training import build_engine, train
 from albert.stopping import StopRequest
+from albert.watchdog import Watchdog
 
 
 def run_once(
@@ -30,12 +32,14 @@ def run_once(
     output: Path,
     world: World,
     stop: StopRequest,
+    watchdog: Watchdog,
 ) -> dict[str, Any]:
     """Train and evaluate once; returns what results.json holds.
 
     Raises:
         PreemptedError: a signal stopped the training; its checkpoint is committed.
     """
+    watchdog.enter("start", 0)
     if world.is_main:
         output.mkdir(parents=True, exist_ok=True)
     barrier()
@@ -63,8 +67,10 @@ def run_once(
         },
     }
     if request.do_train:
-        results["training"] = train(prepared, settings, engine, output, world, stop)
-    results["splits"] = _evaluate_splits(prepared, request, settings, engine, output, world)
+        results["training"] = train(prepared, settings, engine, output, stop, watchdog)
+    num_steps = results["training"]["steps"] if request.do_train else 0
+    on_batch = partial(watchdog.enter, "evaluate", num_steps)
+    results["splits"] = _evaluate_splits(prepared, request, settings, engine, output, on_batch)
     if world.is_main:
         update_results(output, results)
     return results
@@ -76,7 +82,7 @@ def _evaluate_splits(
     settings: FinetuneSettings,
     engine: Engine,
     output: Path,
-    world: World,
+    on_batch: Callable[[], None],
 ) -> dict[str, dict[str, float]]:
     """Metrics and predictions of dev (--do-eval) and test (--do-test, --do-predict)."""
     results = {}
@@ -87,10 +93,10 @@ def _evaluate_splits(
         data = prepared.data[name]
         if name == "test" and request.do_test and not data.is_labelled:
             raise DataError(f"{data.split.path}: the file has no labels to test against; use --do-predict")
-        rows = evaluate_rows(engine, data, world, settings.eval_batch_size)
+        rows = evaluate_rows(engine, data, settings.eval_batch_size, on_batch)
         if data.is_labelled:
             results[name] = data.scores(rows)
-        if world.is_main:
+        if engine.world.is_main:
             _write_split(prepared, request, name, data.predictions(rows), output)
             if isinstance(data, TextData) and data.is_labelled and not data.is_regression:
                 write_review(output, data, rows)

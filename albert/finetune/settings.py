@@ -54,6 +54,10 @@ class FinetuneSettings(BaseModel):
     deepspeed: str = "zero1"
     """Placement file of ds_configs, or a path."""
     log_interval_steps: int = Field(default=10, ge=1)
+    hang_timeout_s: float = Field(default=10.0, ge=0)
+    """A rank that is silent or gets nowhere for so long ends the run; see `albert.watchdog`. 0 for never."""
+    peer_timeout_s: float = Field(default=600.0, gt=0)
+    """The same for evaluation, files and the first steps, and the longest time of any collective."""
     progress: Literal["auto", "on", "off"] = "auto"
     tensorboard: bool = True
 

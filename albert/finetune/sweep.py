@@ -19,12 +19,18 @@ from albert.finetune.resume import finished_results, identify
 from albert.finetune.run import run_once
 from albert.finetune.settings import FinetuneSettings
 from albert.stopping import StopRequest
+from albert.watchdog import Watchdog
 
 SWEEP_NAME = "sweep.json"
 
 
 def run_sweep(
-    prepared: Prepared, request: Request, settings: FinetuneSettings, world: World, stop: StopRequest
+    prepared: Prepared,
+    request: Request,
+    settings: FinetuneSettings,
+    world: World,
+    stop: StopRequest,
+    watchdog: Watchdog,
 ) -> dict[str, Any]:
     """Train with every learning rate and seed; OUTPUT/lr-RATE/seed-N each holds a complete run.
 
@@ -38,7 +44,7 @@ def run_sweep(
             changed = settings.model_copy(update={"learning_rate": rate, "seed": seed})
             directory = output / f"lr-{rate:g}" / f"seed-{seed}"
             results = _finished_run(prepared, request, changed, directory)
-            results = results or run_once(prepared, request, changed, directory, world, stop)
+            results = results or run_once(prepared, request, changed, directory, world, stop, watchdog)
             runs.append(_run_entry(rate, seed, directory, results))
             gc.collect()  # the engine's buffers, before the next one is built
     summary = {

@@ -27,6 +27,7 @@ from albert.model_config import model_config_bytes
 from albert.monitoring import Monitor
 from albert.pretrained import load_pretrained, save_pretrained
 from albert.stopping import StopRequest
+from albert.watchdog import Watchdog
 
 MODEL_NAME = "model"
 _SHOWN_METRICS = {
@@ -60,8 +61,8 @@ def train(
     settings: FinetuneSettings,
     engine: Engine,
     output: Path,
-    world: World,
     stop: StopRequest,
+    watchdog: Watchdog,
 ) -> dict[str, Any]:
     """Train, or go on, or do nothing where this very training is finished; the engine gets the best weights.
 
@@ -78,6 +79,7 @@ def train(
         engine.load_weights(load_pretrained(output / MODEL_NAME)[1])
         return dict(finished["training"])
     began_at = time.perf_counter()
+    world = engine.world
     checkpoints = TuningCheckpoints(output, identity, _model_files(prepared), engine, world)
     resumed = checkpoints.resume()
     if world.is_main:
@@ -86,40 +88,54 @@ def train(
     monitor = _open_monitor(prepared, settings, output, first_step) if world.is_main else None
     with monitor or contextlib.nullcontext():
         tuner = FineTuner(
-            settings, engine, world, train=prepared.data["train"], dev=prepared.data.get("dev"),
-            monitor=monitor, stop=stop, checkpoints=checkpoints,
+            settings, engine, train=prepared.data["train"], dev=prepared.data.get("dev"), monitor=monitor, stop=stop,
+            checkpoints=checkpoints, watchdog=watchdog,
         )  # fmt: skip
         if resumed:
             tuner.go_on_from(*resumed)
-        is_finished = tuner.fit(lambda: _save_model(prepared, settings, tuner, output))
-        if not is_finished:
-            raise PreemptedError(_interrupted(tuner, stop))
-        warning = collapse_warning(prepared, settings, tuner.progress)
-        if warning and monitor:
-            monitor.event(tuner.progress.step, warning)
+        warning = _fit(prepared, tuner, output)
+    watchdog.enter("save", tuner.progress.step)
     if resumed:  # on other ranks, other weights may have been saved meanwhile
-        _save_model(prepared, settings, tuner, output)
+        _save_model(prepared, tuner, output)
     engine.load_weights(tuner.best)
-    progress = tuner.progress
-    result = {
-        "settings": settings.model_dump(),
-        "fingerprint": identity.fingerprint,
-        "steps": progress.step,
-        "seconds": round(time.perf_counter() - began_at, 3),
-        "best_step": progress.best_step,
-        "best_score": progress.best_score,
-        "stopped_early": progress.stopped_early,
-        "collapsed": warning is not None,
-        "history": progress.history,
-    }
+    seconds = round(time.perf_counter() - began_at, 3)
+    result = {"fingerprint": identity.fingerprint, "seconds": seconds, **_outcome(tuner, warning)}
     if world.is_main:
         update_results(output, {"training": result})
     checkpoints.remove()
     return result
 
 
-def _interrupted(tuner: FineTuner, stop: StopRequest) -> str:
-    reason = stop.signal_name or "a signal to another rank"
+def _fit(prepared: Prepared, tuner: FineTuner, output: Path) -> str | None:
+    """Train to the end; returns a warning where the model has collapsed.
+
+    Raises:
+        PreemptedError: a signal stopped the training.
+    """
+    if not tuner.fit(lambda: _save_model(prepared, tuner, output)):
+        raise PreemptedError(_interrupted(tuner))
+    warning = collapse_warning(prepared, tuner.settings, tuner.progress)
+    if warning and tuner.monitor:
+        tuner.monitor.event(tuner.progress.step, warning)
+    return warning
+
+
+def _outcome(tuner: FineTuner, warning: str | None) -> dict[str, Any]:
+    """What results.json says of a training that is finished."""
+    progress = tuner.progress
+    return {
+        "settings": tuner.settings.model_dump(),
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "best_score": progress.best_score,
+        "stopped_early": progress.stopped_early,
+        "collapsed": warning is not None,
+        "history": progress.history,
+    }
+
+
+def _interrupted(tuner: FineTuner) -> str:
+    reason = tuner.stop.signal_name or "a signal to another rank"
     step = tuner.progress.step
     state = "checkpoint committed" if step else "nothing was done yet"
     return f"step {step} of {tuner.num_steps} ({reason}), {state}; give the same command again to go on"
@@ -149,7 +165,7 @@ def _open_monitor(prepared: Prepared, settings: FinetuneSettings, output: Path, 
     return monitor
 
 
-def _save_model(prepared: Prepared, settings: FinetuneSettings, tuner: FineTuner, output: Path) -> None:
+def _save_model(prepared: Prepared, tuner: FineTuner, output: Path) -> None:
     """OUTPUT/model: the best weights."""
     if not tuner.world.is_main:
         return
@@ -158,9 +174,9 @@ def _save_model(prepared: Prepared, settings: FinetuneSettings, tuner: FineTuner
         kind=prepared.task.kind,
         labels=prepared.labels,
         max_seq_length=prepared.max_seq_length,
-        metric=settings.metric,
+        metric=tuner.settings.metric,
         score=tuner.progress.best_score,
-        seed=settings.seed,
+        seed=tuner.settings.seed,
         options=dict(prepared.task.options),
     )
     files = {"task.json": card.encode()}

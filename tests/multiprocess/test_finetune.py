@@ -23,6 +23,7 @@ from albert.finetune.task_definition import Recipe, Task
 from albert.finetune.tasks import find_task
 from albert.pretrained import load_pretrained
 from albert.stopping import StopRequest
+from albert.watchdog import Watchdog
 from tests.ranks import run_ranks
 from tests.tiny_task import LETTERS, MODEL, write_model, write_task
 
@@ -38,7 +39,8 @@ def _finetune(request: Request) -> dict:
     prepared = prepare(request, task, settings)
     world = init_world("cpu", 60.0)
     try:
-        return run_once(prepared, request, settings, Path(request.output), world, StopRequest())
+        watchdog = Watchdog(world, 0.0, 60.0)
+        return run_once(prepared, request, settings, Path(request.output), world, StopRequest(), watchdog)
     finally:
         close_world()
 
@@ -255,7 +257,7 @@ def _sweep(request: Request) -> dict:
     prepared = prepare(request, task, settings)
     world = init_world("cpu", 60.0)
     try:
-        return run_sweep(prepared, request, settings, world, StopRequest())
+        return run_sweep(prepared, request, settings, world, StopRequest(), Watchdog(world, 0.0, 60.0))
     finally:
         close_world()
 
