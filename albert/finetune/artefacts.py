@@ -26,8 +26,17 @@ def write_predictions(output: Path, split: str, predictions: Sequence[Mapping[st
     return path
 
 
-def write_submission(output: Path, task: Task, predictions: Sequence[Mapping[str, Any]]) -> Path | None:
-    """The file that the benchmark's server takes: GLUE's TSV, CLUE's JSON lines, or SQuAD's JSON."""
+def write_submission(
+    output: Path, task: Task, predictions: Sequence[Mapping[str, Any]], test_file: Path
+) -> Path | None:
+    """The file that the benchmark's server takes: GLUE's TSV, CLUE's JSON lines, or SQuAD's JSON.
+
+    Args:
+        output: directory of the run.
+        task: names the file and its form; None is returned where it has none.
+        predictions: of the test file, in its order.
+        test_file: where CLUE changed a test set, `test1.0.json` is the old one and any other name the new one.
+    """
     if task.kind == "span":
         answers = {prediction["id"]: prediction["prediction"] for prediction in predictions}
         path, text = output / "answers.json", json.dumps(answers, ensure_ascii=False) + "\n"
@@ -35,7 +44,7 @@ def write_submission(output: Path, task: Task, predictions: Sequence[Mapping[str
         return None
     else:
         form, name = task.submission
-        path = output / name
+        path = output / name.replace("*", "10" if test_file.name == "test1.0.json" else "11")
         text = _glue_text(predictions) if form == "glue" else _clue_text(predictions)
     write_file_durably(path, [text.encode()])
     return path
@@ -47,6 +56,7 @@ def _glue_text(predictions: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _clue_text(predictions: Sequence[Mapping[str, Any]]) -> str:
+    """A label is a string; that of multiple choice is the number of the option, from 0."""
     rows = [
         {"id": int(p["id"]) if str(p["id"]).isdigit() else p["id"], "label": p["prediction"]}
         for p in predictions

@@ -111,7 +111,7 @@ def _write_split(
     path = write_predictions(output, name, predictions)
     sys.stderr.write(f"{len(predictions):,} predictions written: {path}\n")
     if name == "test" and request.do_predict:
-        submission = write_submission(output, prepared.task, predictions)
+        submission = write_submission(output, prepared.task, predictions, prepared.data[name].split.path)
         if submission:
             sys.stderr.write(f"submission written: {submission}\n")
 

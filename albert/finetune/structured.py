@@ -103,7 +103,7 @@ def _passage_examples(name: str, passage: Any, split: str) -> list[ChoiceExample
 
 
 def read_c3(path: Path, split: str) -> tuple[list[Example], list[BadRow]]:
-    """C3: an array of [[sentences], [{question, choice, answer}], id]."""
+    """C3: an array of [[sentences], [{question, choice, answer}], id]; CLUE's test questions have an id too."""
     entries = _load_json(path)
     if not isinstance(entries, list):
         raise DataError(f"{path}: not an array; this is not C3's JSON")
@@ -118,7 +118,8 @@ def read_c3(path: Path, split: str) -> tuple[list[Example], list[BadRow]]:
                 label = options.index(question["answer"]) if question.get("answer") else None
                 _check_choice(label, options, split)
                 text = _text(question["question"])
-                examples.append(ChoiceExample(f"{name}-{index}", context, text, options, label))
+                guid = str(question.get("id", f"{name}-{index}"))
+                examples.append(ChoiceExample(guid, context, text, options, label))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             bad.append(BadRow(number, _reason(error)))
     return examples, bad

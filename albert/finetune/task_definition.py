@@ -75,6 +75,6 @@ class Task:
     transform: str | None = None
     """Name of a function of `transforms.py` that turns a raw JSON row into named columns."""
     submission: tuple[str, str] | None = None
-    """(form, file name) of the benchmark's upload; form `glue` or `clue`."""
+    """(form, file name) of the benchmark's upload; form `glue` or `clue`; `*` is the test set's version, 10 or 11."""
     options: Mapping[str, int | float | str | bool] = field(default_factory=dict)
     """Settings of one kind: `doc_stride max_query_length max_answer_length null_answers language`."""

@@ -19,6 +19,11 @@ def _row_files(prefix: str = "") -> dict[str, tuple[str, ...]]:
     }
 
 
+def _two_tests(files: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """With the test sets of CLUE 1.1 and 1.0, of which the newer one is taken."""
+    return {**files, "test": ("test1.1.json", *files["test"], "test1.0.json")}
+
+
 _FIRST = ("sentence1", "text_a", "query1", "question1", "premise")
 _SECOND = ("sentence2", "text_b", "query2", "question2", "hypothesis")
 _LABEL = ("label", "gold_label", "labels", "score")
@@ -66,7 +71,10 @@ _LCQMC_RECIPE = Recipe(
     1e-4, 64, epochs=5, source="brightmart README; base and larger: 1e-5 to 2e-5, 3 epochs"
 )
 _UNPUBLISHED = Recipe(2e-5, 32, epochs=3)
-_OCNLI_FILES = {**_row_files(), "train": ("train.json", "train.50k.json", *_row_files()["train"])}
+_OCNLI: dict[str, object] = {
+    "files": {**_row_files(), "train": ("train.json", "train.50k.json", *_row_files()["train"])},
+    "submission": ("clue", "ocnli_50k_predict.json"),
+}
 _TNEWS_LABELS = tuple(str(n) for n in range(100, 117) if n not in {105, 111})
 _IFLYTEK_LABELS = tuple(str(n) for n in range(119))
 _NO_UPLOAD: dict[str, object] = {"submission": None}
@@ -82,14 +90,15 @@ _CHINESE = (
     _clue("bq", _UNPUBLISHED, "question pairs of a bank", labels=_BINARY, **_NO_UPLOAD),
     _clue("pawsx", _UNPUBLISHED, "paraphrases with high word overlap", labels=_BINARY, **_NO_UPLOAD),
     _clue("xnli", _UNPUBLISHED, "entailment, translated", labels=_NLI, label_aliases=_XNLI_ALIASES, **_NO_UPLOAD),
-    _clue("ocnli", _UNPUBLISHED, "entailment, original Chinese", files=_OCNLI_FILES, **_AGREED_NLI),
+    _clue("ocnli", _UNPUBLISHED, "entailment, original Chinese", **_OCNLI, **_AGREED_NLI),
     _clue("cmnli", _epochs(3e-5, 64, 2), "entailment, Chinese MNLI", **_AGREED_NLI),
     _clue("csl", _epochs(1e-5, 16, 5), "do the keywords belong to the abstract", labels=_BINARY, transform="csl"),
-    _clue("tnews", _epochs(2e-5, 16, 3), "news headlines in 15 classes", columns=_SINGLE, labels=_TNEWS_LABELS),
+    _clue("tnews", _epochs(2e-5, 16, 3), "news headlines in 15 classes", columns=_SINGLE, labels=_TNEWS_LABELS,
+          files=_two_tests(_row_files()), submission=("clue", "tnews*_predict.json")),
     _clue("iflytek", _epochs(2e-5, 32, 3), "app descriptions in 119 classes", columns=_SINGLE,
           labels=_IFLYTEK_LABELS),
     _clue("wsc", _epochs(1e-5, 16, 10), "what a pronoun refers to", columns=_SINGLE, labels=("false", "true"),
-          transform="wsc"),
+          transform="wsc", files=_two_tests(_row_files()), submission=("clue", "cluewsc*_predict.json")),
 )
 # fmt: on
 
@@ -184,7 +193,8 @@ _READING = (
     Task("race", "choice", "English exams, four options", "accuracy", _RACE_RECIPE, _files("*", "*.jsonl"),
          form="race", options={"max_query_length": 128}),
     Task("c3", "choice", "Chinese exams, two to four options", "accuracy", _C3_RECIPE,
-         _files("*.json", "m-*.json", "d-*.json"), form="c3", options={"max_query_length": 128}),
+         _two_tests(_files("*.json", "m-*.json", "d-*.json")), form="c3", options={"max_query_length": 128},
+         submission=("clue", "c3*_predict.json")),
     Task("msra-ner", "tagging", "Chinese names (BIO lines)", "entity_f1", _NER_RECIPE,
          _files("*.txt", "*.conll", "*.bio"), form="conll"),
     Task("conll-ner", "tagging", "English names (BIO lines)", "entity_f1", _NER_RECIPE,

@@ -79,6 +79,27 @@ def test_a_tiny_model_learns_the_task(trained):
     assert not results["training"]["collapsed"]
 
 
+def test_multiple_choice_leaves_the_upload_of_clue(inputs, tmp_path):
+    def entries(count: int, **more) -> list:
+        questions = [{"question": "a 1", "choice": ["b", "c 2", "d"], **more, "id": n} for n in range(count)]
+        return [[["a b", "c"], [question], "1-1"] for question in questions]
+
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, rows in (("m-train", entries(8, answer="d")), ("test1.0", entries(3))):
+        (data / f"{name}.json").write_text(json.dumps(rows))
+    request = Request(
+        "c3", str(data), str(inputs[1]), str(tmp_path / "run"), do_train=True, do_predict=True,
+        overrides={"max_steps": 1, "warmup_steps": 0, "progress": "off", "tensorboard": False, "batch_size": 8},
+    )  # fmt: skip
+    run_ranks(1, _finetune, request)
+    lines = (tmp_path / "run" / "predictions-test.jsonl").read_text().splitlines()
+    chosen = [json.loads(line)["prediction"] for line in lines]
+    assert len(chosen) == 3
+    expected = "".join(f'{{"id": {number}, "label": {choice}}}\n' for number, choice in enumerate(chosen))
+    assert (tmp_path / "run" / "c310_predict.json").read_text() == expected
+
+
 def test_the_run_leaves_a_model_results_and_predictions(trained, inputs):
     output, results = trained
     written = json.loads((output / "results.json").read_bytes())

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -179,17 +180,35 @@ def test_a_sweep_is_summarised_by_learning_rate():
     assert "| 2e-05 | 2 | 0 | 0.8500 ± 0.0707 (0.9000) |" in table
 
 
+def _submission(directory: Path, task: str, rows: list[dict], test_file: str) -> tuple[str, bytes]:
+    path = write_submission(directory, find_task(task), rows, Path(test_file))
+    assert path is not None
+    return path.name, path.read_bytes()
+
+
 def test_submissions_in_the_benchmarks_forms(tmp_path):
     rows = [{"id": "0", "prediction": "not_entailment"}, {"id": "2", "prediction": "entailment"}]
-    path = write_submission(tmp_path, find_task("rte"), rows)
-    assert (path.name, path.read_text()) == (
+    assert _submission(tmp_path, "rte", rows, "test.tsv") == (
         "RTE.tsv",
-        "index\tprediction\n0\tnot_entailment\n2\tentailment\n",
+        b"index\tprediction\n0\tnot_entailment\n2\tentailment\n",
     )
-    path = write_submission(tmp_path, find_task("sts-b"), [{"id": "0", "prediction": 3.25}])
-    assert (path.name, path.read_text()) == ("STS-B.tsv", "index\tprediction\n0\t3.25\n")
-    path = write_submission(tmp_path, find_task("tnews"), [{"id": "7", "prediction": "108"}])
-    assert (path.name, path.read_text()) == ("tnews_predict.json", '{"id": 7, "label": "108"}\n')
-    path = write_submission(tmp_path, find_task("cmrc2018"), [{"id": "Q1", "prediction": "北京"}])
-    assert (path.name, path.read_text()) == ("answers.json", '{"Q1": "北京"}\n')
-    assert write_submission(tmp_path, find_task("lcqmc"), rows) is None
+    rows_of = {
+        "sts-b": [{"id": "0", "prediction": 3.25}],
+        "tnews": [{"id": "7", "prediction": "108"}],
+        "cmrc2018": [{"id": "Q1", "prediction": "北京"}],
+        "ocnli": [{"id": "0", "prediction": "neutral"}],
+        "wsc": [{"id": "0", "prediction": "true"}],
+        "c3": [{"id": "0", "prediction": 3, "option": "丁"}, {"id": "1", "prediction": 0, "option": "甲"}],
+    }
+    for task, test_file, name, content in (
+        ("sts-b", "test.tsv", "STS-B.tsv", "index\tprediction\n0\t3.25\n"),
+        ("cmrc2018", "cmrc2018_test_2k.json", "answers.json", '{"Q1": "北京"}\n'),
+        ("ocnli", "test.json", "ocnli_50k_predict.json", '{"id": 0, "label": "neutral"}\n'),
+        ("tnews", "test.json", "tnews11_predict.json", '{"id": 7, "label": "108"}\n'),
+        ("tnews", "test1.0.json", "tnews10_predict.json", '{"id": 7, "label": "108"}\n'),
+        ("wsc", "test1.1.json", "cluewsc11_predict.json", '{"id": 0, "label": "true"}\n'),
+        ("c3", "test1.1.json", "c311_predict.json", '{"id": 0, "label": 3}\n{"id": 1, "label": 0}\n'),
+        ("c3", "test1.0.json", "c310_predict.json", '{"id": 0, "label": 3}\n{"id": 1, "label": 0}\n'),
+    ):
+        assert _submission(tmp_path, task, rows_of[task], test_file) == (name, content.encode())
+    assert write_submission(tmp_path, find_task("lcqmc"), rows, Path("test.tsv")) is None

@@ -187,6 +187,11 @@ def test_choice_forms(tmp_path):
     c3 = [[["句一", "句二"], [{"question": "问", "choice": ["甲", "乙"], "answer": "乙"}], "7-1"]]
     example = _read(tmp_path, "c3", "dev.json", json.dumps(c3)).examples[0]
     assert (example.context, example.label, example.guid) == ("句一\n句二", 1, "7-1-0")
+    test = [[["句"], [{"question": "问", "choice": ["甲", "乙"], "id": number}], "7-1"] for number in (4, 5)]
+    (tmp_path / "test1.0.json").write_text("[]")
+    (tmp_path / "test1.1.json").write_text(json.dumps(test))
+    examples = read_split(find_task("c3"), tmp_path, "test").examples
+    assert [(example.guid, example.label) for example in examples] == [("4", None), ("5", None)]
     c3[0][1][0]["answer"] = "丙"
     with pytest.raises(DataError, match="row 1: ValueError"):
         _read(tmp_path, "c3", "dev.json", json.dumps(c3))
