@@ -38,6 +38,16 @@ class PackedLayout:
 
 
 @dataclass(frozen=True)
+class KeptTokens:
+    """The tokens that the last layer is asked for, sequence by sequence."""
+
+    indices: Tensor
+    """[kept] int64, ascending"""
+    cu_counts: Tensor
+    """[batch + 1] int32, those of sequence i are cu_counts[i] to cu_counts[i + 1]"""
+
+
+@dataclass(frozen=True)
 class PaddedLayout:
     """Sequences padded to one length; tokens are `batch * seq` rows."""
 
@@ -50,6 +60,13 @@ def packed_layout(batch: PackedBatch) -> PackedLayout:
     runs = tuple((len(list(group)), length) for length, group in groupby(batch.lengths))
     max_length = -(-batch.max_length // _MAX_LENGTH_STEP) * _MAX_LENGTH_STEP
     return PackedLayout(batch.cu_seqlens, max_length, runs)
+
+
+def kept_tokens(indices: Tensor, cu_seqlens: Tensor) -> tuple[KeptTokens, Tensor]:
+    """Tokens by their indices [kept] in any order, and where each of these lies among them, [kept]."""
+    ordered, order = indices.sort()
+    counts = torch.searchsorted(ordered, cu_seqlens.long(), out_int32=True)
+    return KeptTokens(ordered, counts), order.argsort()
 
 
 def attend(qkv: Tensor, layout: PackedLayout | PaddedLayout, dropout: float = 0.0) -> Tensor:
@@ -66,28 +83,73 @@ def attend(qkv: Tensor, layout: PackedLayout | PaddedLayout, dropout: float = 0.
     if isinstance(layout, PaddedLayout):
         return _attend_padded(qkv, layout.mask, dropout)
     if _has_flash_kernel(qkv) and dropout == 0.0:
-        return _attend_flash(qkv, layout)
+        query, key, value = qkv.unbind(1)
+        return _attend_flash(query, key, value, layout.cu_seqlens, layout)
     return _attend_runs(qkv, layout.runs, dropout)
 
 
-def _has_flash_kernel(qkv: Tensor) -> bool:
-    is_half = qkv.dtype in (torch.float16, torch.bfloat16)
-    return qkv.is_cuda and is_half and qkv.shape[-1] <= _FLASH_MAX_HEAD_DIM
+def attend_kept(
+    query: Tensor, key_value: Tensor, layout: PackedLayout, kept: KeptTokens, dropout: float = 0.0
+) -> Tensor:
+    """What `attend` gives for the kept tokens, from their queries alone.
+
+    Args:
+        query: [kept, heads, head_dim]
+        key_value: [tokens, 2, heads, head_dim]
+        layout: which tokens form a sequence.
+        kept: the tokens of the queries.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        [kept, heads * head_dim]
+    """
+    key, value = key_value.unbind(1)
+    if _has_flash_kernel(query) and dropout == 0.0:
+        return _attend_flash(query, key, value, kept.cu_counts, layout)
+    if query.device.type != "cpu" or torch.compiler.is_compiling():
+        return _attend_all_for_kept(query, key_value, layout, kept, dropout)
+    counts = kept.cu_counts.diff().tolist()
+    lengths = [length for number, length in layout.runs for _ in range(number)]
+    parts = zip(query.split(counts), key.split(lengths), value.split(lengths), strict=True)
+    return torch.cat([_attend_sequence(*part, dropout) for part in parts])
 
 
-def _attend_flash(qkv: Tensor, layout: PackedLayout) -> Tensor:
+def _attend_all_for_kept(
+    query: Tensor, key_value: Tensor, layout: PackedLayout, kept: KeptTokens, dropout: float
+) -> Tensor:
+    """With some query for every token, where the host does not know how many each sequence keeps."""
+    rows = torch.zeros(len(key_value), dtype=torch.int64, device=query.device)
+    rows[kept.indices] = torch.arange(len(query), device=query.device)
+    qkv = torch.cat([query.index_select(0, rows)[:, None], key_value], dim=1)
+    return attend(qkv, layout, dropout).index_select(0, kept.indices)
+
+
+def _has_flash_kernel(x: Tensor) -> bool:
+    is_half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.is_cuda and is_half and x.shape[-1] <= _FLASH_MAX_HEAD_DIM
+
+
+def _attend_flash(
+    query: Tensor, key: Tensor, value: Tensor, query_bounds: Tensor, layout: PackedLayout
+) -> Tensor:
     """One variable-length kernel for all sequences; it has no dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
-    head_dim = qkv.shape[-1]
+    head_dim = query.shape[-1]
     missing = -head_dim % _FLASH_HEAD_DIM_STEP
-    padded = F.pad(qkv, (0, missing)) if missing else qkv
-    query, key, value = padded.unbind(1)
     if missing:  # the kernel scales by the padded size
+        query, key, value = (F.pad(x, (0, missing)) for x in (query, key, value))
         query = query * ((head_dim + missing) / head_dim) ** 0.5
     bounds, longest = layout.cu_seqlens, layout.max_length
-    output = varlen_attn(query, key, value, bounds, bounds, longest, longest)
+    output = varlen_attn(query, key, value, query_bounds, bounds, longest, longest)
     return cast(Tensor, output).narrow(-1, 0, head_dim).flatten(1)
+
+
+def _attend_sequence(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Attention of one sequence: [kept, heads, head_dim] to [kept, heads * head_dim]."""
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    return output[0].transpose(0, 1).flatten(1)
 
 
 def _attend_runs(qkv: Tensor, runs: tuple[tuple[int, int], ...], dropout: float) -> Tensor:

@@ -22,11 +22,12 @@ def step_flops(
         sequences: number of sequences (pooler and sentence-order head).
         preds: predicted positions.
     """
-    hidden, embed = config.hidden_size, config.embedding_size
-    queries_keys_values, rest = 6 * hidden**2, 2 * hidden**2 + 4 * hidden * config.intermediate_size
-    uses = config.num_layer_uses
-    forward: float = tokens * uses * queries_keys_values + uses * 4 * hidden * sum_squared_lengths
-    forward += (tokens * (uses - 1) + sequences + preds) * rest
+    hidden, embed, uses = config.hidden_size, config.embedding_size, config.num_layer_uses
+    layer = 8 * hidden**2 + 4 * hidden * config.intermediate_size
+    keys_values, attention = 4 * hidden**2, 4 * hidden * sum_squared_lengths
+    used = sequences + preds
+    forward: float = (uses - 1) * (tokens * layer + attention)
+    forward += tokens * keys_values + used * (layer - keys_values) + used / tokens * attention
     forward += sequences * (2 * hidden**2 + 4 * hidden)
     if config.layout == "brightmart":
         forward += tokens * 2 * embed * hidden

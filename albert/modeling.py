@@ -10,14 +10,24 @@ joined into one matrix once per forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from albert.attention import PackedLayout, PaddedLayout, attend, packed_layout
+from albert.attention import (
+    KeptTokens,
+    PackedLayout,
+    PaddedLayout,
+    attend,
+    attend_kept,
+    kept_tokens,
+    packed_layout,
+)
 from albert.batches import PackedBatch
+from albert.linear import Linear, linear
 from albert.model_config import ModelConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -74,7 +84,7 @@ class AlbertAttention(nn.Module):
         self.query = nn.Linear(hidden, hidden)
         self.key = nn.Linear(hidden, hidden)
         self.value = nn.Linear(hidden, hidden)
-        self.dense = nn.Linear(hidden, hidden)
+        self.dense = Linear(hidden, hidden)
         self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -89,19 +99,41 @@ class AlbertAttention(nn.Module):
         weight: Tensor,
         bias: Tensor,
         layout: PackedLayout | PaddedLayout,
-        kept: Tensor | None = None,
+        kept: KeptTokens | None = None,
     ) -> Tensor:
         """Attend; `weight` and `bias` are this block's joined projection.
 
         [tokens, hidden] to the same, or to [kept, hidden] where only the tokens of `kept` are asked for.
         """
         source = self.LayerNorm(hidden) if self.is_preln else hidden
-        qkv = F.linear(source, weight, bias).view(hidden.shape[0], 3, self.num_heads, -1)
-        context = attend(qkv, layout, self.attention_dropout if self.training else 0.0)
-        if kept is not None:
-            hidden, context = hidden.index_select(0, kept), context.index_select(0, kept)
+        dropout = self.attention_dropout if self.training else 0.0
+        if kept is None:
+            context = attend(self._heads(linear(source, weight, bias), 3), layout, dropout)
+        else:
+            context = self._attend_kept(source, weight, bias, cast(PackedLayout, layout), kept, dropout)
+            hidden = hidden.index_select(0, kept.indices)
         output = hidden + self.dropout(self.dense(context))
         return output if self.is_preln else self.LayerNorm(output)
+
+    def _attend_kept(
+        self,
+        source: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        layout: PackedLayout,
+        kept: KeptTokens,
+        dropout: float,
+    ) -> Tensor:
+        """Keys and values of all tokens, queries of the kept ones: [tokens, hidden] to [kept, hidden]."""
+        sizes = (len(weight) // 3, len(weight) * 2 // 3)
+        (query_weight, other_weight), (query_bias, other_bias) = weight.split(sizes), bias.split(sizes)
+        query = linear(source.index_select(0, kept.indices), query_weight, query_bias)
+        key_value = self._heads(linear(source, other_weight, other_bias), 2)
+        return attend_kept(self._heads(query, 1)[:, 0], key_value, layout, kept, dropout)
+
+    def _heads(self, projected: Tensor, parts: int) -> Tensor:
+        """[tokens, parts * hidden] as [tokens, parts, heads, head_dim]."""
+        return projected.view(len(projected), parts, self.num_heads, -1)
 
 
 class AlbertFeedForward(nn.Module):
@@ -110,8 +142,8 @@ class AlbertFeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.is_preln = config.ln_type == "preln"
-        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.intermediate = Linear(config.hidden_size, config.intermediate_size)
+        self.output = Linear(config.intermediate_size, config.hidden_size)
         self.activation = ACTIVATIONS[config.hidden_act]
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -163,12 +195,11 @@ class AlbertEncoder(nn.Module):
         """Keep only the input of each layer use and compute the rest again in the backward pass."""
 
     def forward(
-        self, hidden: Tensor, layout: PackedLayout | PaddedLayout, kept: Tensor | None = None
+        self, hidden: Tensor, layout: PackedLayout | PaddedLayout, kept: KeptTokens | None = None
     ) -> Tensor:
         """[tokens, embed or hidden] from the embeddings to [tokens, hidden].
 
-        With `kept`, [kept] indices of tokens, to [kept, hidden]: the last layer gives no others, which saves three
-        quarters of it.
+        With `kept`, to [kept, hidden]: the last layer gives no other tokens, of which it needs keys and values only.
         """
         if self.embedding_hidden_mapping_in is not None:
             hidden = self.embedding_hidden_mapping_in(hidden)
@@ -190,7 +221,7 @@ class AlbertEncoder(nn.Module):
         f: int,
         joined: tuple[Tensor, Tensor],
         layout: PackedLayout | PaddedLayout,
-        kept: Tensor | None,
+        kept: KeptTokens | None,
     ) -> Tensor:
         return self.feed_forward[f](self.attention[a](hidden, *joined, layout, kept))
 
@@ -213,7 +244,7 @@ class AlbertModel(nn.Module):
         Args:
             batch: packed sequences.
             needed: [needed] indices of the tokens that a head uses besides the first of each sequence; None for all.
-                The last layer then gives no others, which saves up to three quarters of it; the result is the same.
+                The last layer then gives no others, which saves up to five sixths of it; the result is the same.
 
         Returns:
             sequence_output [tokens, hidden] or [needed, hidden], and pooled_output [batch, hidden] of the first
@@ -224,7 +255,8 @@ class AlbertModel(nn.Module):
         if needed is None:
             hidden = self.encoder(embedded, layout)
             return hidden, self._pool(hidden.index_select(0, first))
-        hidden = self.encoder(embedded, layout, torch.cat([first, needed]))
+        kept, places = kept_tokens(torch.cat([first, needed]), layout.cu_seqlens)
+        hidden = self.encoder(embedded, layout, kept).index_select(0, places)
         return hidden[len(first) :], self._pool(hidden[: len(first)])
 
     def forward_padded(

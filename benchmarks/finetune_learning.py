@@ -17,36 +17,19 @@ one JSON line and draws OUTPUT/curve.svg.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from albert.checkpoint import list_steps, step_directory
-from albert.config import load_run_config
-from albert.heads import AlbertForPreTraining
-from albert.pretrained import save_pretrained
 from benchmarks.figure import print_figure
+from benchmarks.learning import Study, draw, write_documents
 
-_KEEP_EVERY = 500
-_MODEL = {
-    "preset": "base", "vocab_size": 21128, "embedding_size": 128, "hidden_size": 192, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "intermediate_size": 768, "max_position_embeddings": 128,
-    "initializer_range": 0.06,  # about 1 / sqrt(hidden_size)
-    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-}  # fmt: skip
-_BUILD = ("--max-seq-length", "64", "--eval-fraction", "0.005", "--max-ngram", "1")
-"""Masks of single characters are the easier beginning for so short a pretraining."""
-_FINETUNE = (
-    "--epochs", "3", "--batch-size", "32", "--max-seq-length", "64", "--learning-rates", "2e-4", "--reinit-pooler",
-)  # fmt: skip
+_VOCAB_SIZE = 21128
+_FINETUNE = ("--epochs", "3", "--batch-size", "32", "--learning-rates", "2e-4", "--reinit-pooler")
 """The pooler has learned nothing: no order of two questions is the right one."""
 
 
@@ -64,63 +47,10 @@ def split_pairs(source: Path, directory: Path) -> None:
         (directory / f"{name}.tsv").write_text("".join(rows[i] for i in chosen), encoding="utf-8")
 
 
-def write_documents(sources: Sequence[Path], target: Path) -> None:
-    """Every pair as a document of two sentences."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+def read_pairs(*sources: Path) -> list[tuple[str, str]]:
+    """The first two columns of all rows."""
     lines = (line for source in sources for line in source.read_text(encoding="utf-8").splitlines())
-    documents = ("\n".join(line.split("\t")[:2]) for line in lines)
-    target.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
-
-
-def build_shards(options: argparse.Namespace) -> None:
-    """The data set of the pretraining."""
-    text = options.output / "text"
-    write_documents(
-        [options.output / "lcqmc" / f"{name}.tsv" for name in ("train", "dev")], text / "train.txt"
-    )
-    write_documents(options.pairs, text / "pairs.txt")
-    weights = ("--weight", "*/text/train.txt=6", "--weight", "*/text/pairs.txt=3")
-    inputs = [str(path) for path in (text / "train.txt", text / "pairs.txt", *options.text)]
-    arguments = (
-        "--input",
-        *inputs,
-        "--tokenizer",
-        str(options.vocab),
-        "--output",
-        str(options.output / "shards"),
-    )
-    _run("data_prep", "build", *arguments, *weights, *_BUILD)
-
-
-def write_config(options: argparse.Namespace) -> Path:
-    """The pretraining's configuration."""
-    path = options.output / "pretrain.yaml"
-    shards, output = options.output / "shards", options.output / "pretrain"
-    config = {
-        "model": _MODEL,
-        "data": {"directory": str(shards), "num_workers": 0, "remask": True},
-        "train": {
-            "output_dir": str(output), "num_steps": options.steps, "global_batch_size": 48,
-            "micro_batch_size": 24, "precision": "fp32",
-        },
-        "optimizer": {"name": "adamw", "learning_rate": 0.001, "beta2": 0.98},
-        "schedule": {"name": "wsd", "warmup_steps": 100, "decay_steps": min(400, options.steps // 4)},
-        "eval": {"interval_steps": _KEEP_EVERY, "num_examples": 256, "micro_batch_size": 64},
-        "checkpoint": {"interval_steps": 250, "keep_last": 1, "keep_every": _KEEP_EVERY},
-        "deepspeed": {"config": "zero0"},
-    }  # fmt: skip
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return path
-
-
-def finetune(options: argparse.Namespace, step: int, model: Path) -> tuple[float, float]:
-    """Mean and deviation of the test accuracy over the seeds."""
-    output = options.output / "finetune" / f"step-{step}"
-    arguments = ("--data-dir", str(options.output / "lcqmc"), "--model", str(model), "--output", str(output))
-    actions = ("--do-train", "--do-eval", "--do-test", "--seeds", str(options.seeds), "--no-tensorboard")
-    _run("albert.finetune", "--task", "lcqmc", *arguments, *actions, *_FINETUNE)
-    (row,) = json.loads((output / "sweep.json").read_bytes())["by_learning_rate"]
-    return row["test"]["mean"], row["test"]["deviation"]
+    return [(columns[0], columns[1]) for columns in (line.split("\t") for line in lines)]
 
 
 def baseline(directory: Path, with_lengths: bool) -> float:
@@ -142,31 +72,6 @@ def _features(path: Path, with_lengths: bool) -> tuple[np.ndarray, np.ndarray]:
     return np.array(values, dtype=np.float64), np.array([int(row[2]) for row in rows])
 
 
-def draw(curve: dict[int, tuple[float, float]], baselines: dict[str, float], path: Path) -> None:
-    """Accuracy against steps as SVG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    mpl.rcParams.update({"svg.hashsalt": "curve", "svg.fonttype": "none"})
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    steps = sorted(curve)
-    means, deviations = zip(*(curve[step] for step in steps), strict=True)
-    axes.errorbar(steps, means, yerr=deviations, marker="o", capsize=3, label="fine-tuned")
-    for (name, value), style in zip(baselines.items(), (":", "--"), strict=False):
-        axes.axhline(value, linestyle=style, color="grey", label=name)
-    axes.set(xlabel="pretraining steps", ylabel="test accuracy")
-    axes.legend(loc="lower right", fontsize="small")
-    figure.savefig(path, metadata={"Date": None})
-
-
-def _run(*arguments: str) -> None:
-    code = subprocess.run([sys.executable, "-m", *arguments], check=False).returncode
-    if code:
-        sys.exit(code)
-
-
 def main() -> None:
     """Run all stages."""
     parser = argparse.ArgumentParser(
@@ -184,26 +89,20 @@ def main() -> None:
     if options.lcqmc is None or options.vocab is None:
         sys.stderr.write("finetune_learning: left out; it needs --lcqmc and --vocab, see --help\n")
         return
-    split_pairs(options.lcqmc, options.output / "lcqmc")
-    if not (options.output / "shards" / "manifest.json").is_file():
-        build_shards(options)
-    config_path = write_config(options)
-    config = load_run_config(str(config_path))
-    fresh, pretrain = options.output / "fresh", Path(config.train.output_dir)
-    save_pretrained(
-        fresh, config.model, AlbertForPreTraining(config.model, seed=config.seed).state_dict(),
-        options.output / "shards" / "tokenizer",
-    )  # fmt: skip
-    if not (pretrain / "model").is_dir():
-        _run("launcher", "local", "-n", str(options.ranks), "pretrain", "--config", str(config_path))
-    curve = {0: finetune(options, 0, fresh)}
-    for step in list_steps(pretrain / "checkpoints"):
-        curve[step] = finetune(options, step, step_directory(pretrain / "checkpoints", step))
+    study = Study(options.output, _VOCAB_SIZE, 64, options.steps, 500, options.ranks, options.seeds)
+    lcqmc, text = study.output / "lcqmc", study.output / "text"
+    split_pairs(options.lcqmc, lcqmc)
+    write_documents(read_pairs(lcqmc / "train.tsv", lcqmc / "dev.tsv"), text / "train.txt")
+    write_documents(read_pairs(*options.pairs), text / "pairs.txt")
+    inputs = (text / "train.txt", text / "pairs.txt", *options.text)
+    study.build_shards(inputs, {"text/train.txt": 6, "text/pairs.txt": 3}, options.vocab)
+    models = study.pretrain()
+    curve = {step: study.finetune("lcqmc", step, model, _FINETUNE) for step, model in models.items()}
     baselines = {
-        "overlap of characters": baseline(options.output / "lcqmc", False),
-        "overlap and lengths": baseline(options.output / "lcqmc", True),
+        "overlap of characters": baseline(lcqmc, False),
+        "overlap and lengths": baseline(lcqmc, True),
     }
-    draw(curve, baselines, options.output / "curve.svg")
+    draw(curve, baselines, "test accuracy", study.output / "curve.svg")
     best, _ = curve[max(curve)]
     print_figure(
         "lcqmc_accuracy_over_character_overlap", [100 * (best - baselines["overlap of characters"])], "points",

@@ -111,7 +111,7 @@ def _gradient_bytes(parameters: int, size: int, stage: int, share: dict[int, int
 def activation_bytes_per_token(config: RunConfig, seq_length: int, preds: int) -> float:
     """Bytes that all layer uses keep for one token, on average.
 
-    Behind its attention, the last one keeps the tokens only that a head uses: the predicted ones and the first.
+    Of the tokens that no head uses, neither predicted nor first, the last one keeps its input, keys and values only.
     """
     model = config.model
     size = _FP32 if config.train.precision == "fp32" else 2
@@ -119,7 +119,7 @@ def activation_bytes_per_token(config: RunConfig, seq_length: int, preds: int) -
     if config.train.activation_checkpointing:
         return model.num_layer_uses * model.hidden_size * size + kept
     unused = max(0.0, 1 - (preds + 1) / seq_length)
-    return model.num_layer_uses * kept - unused * size * (3 * model.hidden_size + 2 * model.intermediate_size)
+    return model.num_layer_uses * kept - unused * size * (5 * model.hidden_size + 2 * model.intermediate_size)
 
 
 def layer_bytes_per_token(config: RunConfig, seq_length: int) -> int:

@@ -14,12 +14,14 @@ from albert.heads import AlbertForPreTraining
 
 
 def varlen_by_definition(query, key, value, cu_query, cu_key, max_query, max_key):
-    """Attention inside the spans that `cu_query` bounds; [tokens, heads, head_dim], scaled by the head size."""
+    """Attention inside the spans that the bounds give; [tokens, heads, head_dim], scaled by the head size."""
     assert query.shape[-1] % 8 == 0
-    assert cu_query.dtype == torch.int32
-    position = torch.arange(query.shape[0])
-    span = torch.bucketize(position, cu_query[1:].long(), right=True)
-    inside = span[:, None] == span[None, :]
+    assert cu_query.dtype == cu_key.dtype == torch.int32
+    spans = [
+        torch.bucketize(torch.arange(len(rows)), bounds[1:].long(), right=True)
+        for rows, bounds in ((query, cu_query), (key, cu_key))
+    ]
+    inside = spans[0][:, None] == spans[1][None, :]
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=inside).transpose(0, 1)
 

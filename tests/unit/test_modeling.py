@@ -18,6 +18,7 @@ from plain_albert import PlainAlbert
 
 from albert.convert.huggingface import hugging_face_name
 from albert.heads import AlbertForPreTraining
+from albert.linear import linear
 from albert.model_config import MODEL_PRESETS
 
 
@@ -128,3 +129,20 @@ def test_every_combination_equals_the_formulas(options):
     (output.mlm_loss_sum + output.sop_loss_sum).backward()
     ours = {n: p.grad for n, p in model.named_parameters()}
     assert worst_error(ours, {n: p.grad for n, p in plain.items()}) < 1e-10
+
+
+@pytest.mark.parametrize("rows", [1, 37])
+def test_products_of_a_training_cpu_equal_those_in_64_bits(rows):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, 48), (80, 48), (80,), (rows, 80))
+    *inputs, weights = (torch.randn(*shape, generator=generator) for shape in shapes)
+    results = []
+    for dtype in (torch.float32, torch.float64):  # 64-bit values take torch's own way
+        leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs]
+        output = linear(*leaves)
+        (output * weights.to(dtype)).sum().backward()
+        results.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    single, double = results
+    assert single[0].dtype == torch.float32
+    for ours, exact in zip(single, double, strict=True):
+        assert (ours - exact).abs().max() < 2e-6 * exact.abs().max()

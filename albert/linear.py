@@ -1,0 +1,69 @@
+"""Linear layers that train in fp32 on a CPU through oneDNN.
+
+torch computes fp32 products on a CPU with MKL. oneDNN's are about a tenth faster on processors of AMD (here, EPYC)
+and agree to rounding. All else, also inference and export, goes the usual way.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` by `linear`."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[rows, in_features] to [rows, out_features]."""
+        return linear(rows, self.weight, self.bias)
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`rows @ weight.T + bias`.
+
+    Args:
+        rows: [rows, in_features]
+        weight: [out_features, in_features]
+        bias: [out_features]
+
+    Returns:
+        [rows, out_features]
+    """
+    if _suits_onednn(rows, weight):
+        return cast(Tensor, _OneDnnLinear.apply(rows, weight, bias))
+    return F.linear(rows, weight, bias)
+
+
+def _suits_onednn(rows: Tensor, weight: Tensor) -> bool:
+    if not _HAS_ONEDNN or rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    is_fp32 = rows.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return is_fp32 and torch.is_grad_enabled() and rows.dim() == 2 and len(rows) > 0
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], ""))
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return _product(rows, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            _product(gradient, weight.t()) if of_rows else None,
+            _product(gradient.t(), rows.t()) if of_weight else None,
+            gradient.sum(0) if of_bias else None,
+        )
