@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_NOT_BENCHMARKS = {"__init__", "__main__", "figure", "scaling_table"}
+_NOT_BENCHMARKS = {"__init__", "__main__", "figure", "learning", "scaling_table", "small_run"}
 
 
 def main() -> None:

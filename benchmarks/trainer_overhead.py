@@ -32,20 +32,18 @@ from albert.stopping import StopRequest
 from albert.trainer import Trainer
 from albert.watchdog import Watchdog
 from benchmarks.figure import print_figure
-from benchmarks.loader import VOCAB_SIZE, write_dataset
+from benchmarks.loader import write_dataset
+from benchmarks.small_run import SMALL_MODEL, run_overrides
 
 _LENGTH, _MICRO_BATCH = 128, 8
 
 
 def _config(directory: str, num_ranks: int, num_steps: int) -> RunConfig:
-    overrides = [
-        f"data.directory={directory}", f"train.output_dir={directory}/run", f"train.num_steps={num_steps}",
-        f"train.global_batch_size={num_ranks * _MICRO_BATCH}", f"train.micro_batch_size={_MICRO_BATCH}",
-        f"model.vocab_size={VOCAB_SIZE}", "train.precision=fp32", "schedule.warmup_steps=1",
-        "eval.interval_steps=0", "log.progress=off", "model.hidden_size=384", "model.intermediate_size=1536",
-        "model.num_hidden_layers=6",
-    ]  # fmt: skip
-    return load_run_config("base", overrides)
+    overrides = run_overrides(
+        Path(directory), "run", num_steps=num_steps, global_batch_size=num_ranks * _MICRO_BATCH,
+        micro_batch_size=_MICRO_BATCH,
+    )  # fmt: skip
+    return load_run_config("base", [*overrides, *SMALL_MODEL, "train.precision=fp32"])
 
 
 def _build_trainer(config: RunConfig, manifest: Manifest, world: World, watchdog: Watchdog) -> Trainer:
