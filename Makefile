@@ -46,6 +46,7 @@ lint: setup  ## check style, types, import rules and shell scripts
 	  else shellcheck $(SHELL_SCRIPTS) && echo "shellcheck: $(words $(SHELL_SCRIPTS)) scripts"; fi
 
 bench: setup  ## measure; one JSON line per figure
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/python -m benchmarks
 
 clean:  ## remove .venv and caches

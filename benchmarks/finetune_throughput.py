@@ -2,11 +2,12 @@
 
     python -m benchmarks.finetune_throughput [--preset tiny_zh] [--batch-size 64] [--steps 8] [--rounds 5]
 
-needs `pip install accelerate`, as the Trainer does. The examples have LCQMC's lengths (two questions of 12.5
-characters on average, 27 tokens together) and random tokens. Trainer is given its best case: every batch is padded
-to its own longest example only (`run_glue.py` pads all to 128 unless told otherwise), no logging, no saving. Each
-runs its whole loop in a process of its own with one thread, in turn; the figure is the ratio of CPU times of a
-round, and beside it that of a Trainer that pads to 128.
+needs accelerate, as the Trainer does: `pip install -c constraints.txt -e '.[bench]'`.
+
+The examples have LCQMC's lengths (two questions of 12.5 characters on average, 27 tokens together) and random
+tokens. Trainer is given its best case: every batch is padded to its own longest example only (`run_glue.py` pads all
+to 128 unless told otherwise), no logging, no saving. Each runs its whole loop in a process of its own with one
+thread, in turn; the figure is the ratio of CPU times of a round, and beside it that of a Trainer that pads to 128.
 """
 
 from __future__ import annotations
@@ -178,7 +179,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if not transformers.utils.is_accelerate_available():
-        sys.exit("finetune_throughput: Hugging Face's Trainer needs accelerate; pip install accelerate")
+        sys.exit(
+            "finetune_throughput: Hugging Face's Trainer needs accelerate, which is not installed; "
+            "pip install -c constraints.txt -e '.[bench]'"
+        )
     torch.set_num_threads(1)
     config = MODEL_PRESETS[options.preset].model_copy(update={"vocab_size": len(_SPECIAL) + _NUM_CHARACTERS})
     overrides = {"batch_size": options.batch_size, "max_steps": options.steps, "checkpoint_interval_steps": 0}

@@ -39,7 +39,7 @@ def pins() -> dict[str, str]:
 
 def test_every_requirement_is_pinned():
     required = list(PROJECT["project"]["dependencies"])
-    for group in ("test", "lint"):
+    for group in ("test", "bench", "lint"):
         required += PROJECT["project"]["optional-dependencies"][group]
     assert {normal(item) for item in required} - set(pins()) == set()
 
