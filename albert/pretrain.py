@@ -176,6 +176,10 @@ def _train(
                 if monitor:
                     monitor.event(state.step, f"resumed on {world.size} ranks")
             is_finished = trainer.fit()
+            if is_finished:
+                watchdog.enter("save", trainer.step)
+                _write_model(config, manifest, engine, monitor)
+                trainer.finish_probes()
     if not is_finished:
         reason = stop.signal_name or (
             "train.stop_after_steps" if train.stop_after_steps else "a signal to another rank"
@@ -184,7 +188,6 @@ def _train(
             f"step {trainer.step} of {train.num_steps} ({reason}), checkpoint committed; "
             "give the same command again to go on"
         )
-    _write_model(config, manifest, engine, world)
     if lock:
         lock.close()
 
@@ -234,16 +237,16 @@ def _start_monitor(config: RunConfig, first_step: int) -> Monitor:
     return monitor
 
 
-def _write_model(config: RunConfig, manifest: Manifest, engine: Engine, world: World) -> None:
+def _write_model(config: RunConfig, manifest: Manifest, engine: Engine, monitor: Monitor | None) -> None:
     """RUN/model: configuration, fp32 weights and tokenizer of the finished run. Collective."""
     from albert.pretrained import save_pretrained
 
     weights = {name: tensor for part, name, tensor in engine.gather_state() if part == "weights"}
-    if world.is_main:
+    if monitor:
         directory = Path(config.train.output_dir) / "model"
         tokenizer = dataset_tokenizer(config.data.directory, manifest, config.data.cache)
         save_pretrained(directory, config.model, weights, tokenizer)
-        sys.stderr.write(f"model written: {directory}\n")
+        monitor.print(f"model written: {directory}")
 
 
 if __name__ == "__main__":

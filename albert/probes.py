@@ -1,8 +1,8 @@
 """Probes: while a pretraining runs, a task is fine-tuned from its checkpoints in a process of its own.
 
 The process has its own session, the lowest priority and (by default) one thread of the CPU; there is one at a time.
-Whatever happens to it is an event in the log of the pretraining and never its failure, and it ends with it.
-Imports no torch.
+Whatever happens to it is an event in the log of the pretraining and never its failure. A pretraining that is done
+waits for the probe of its last checkpoint; one that is stopped or killed takes its probe with it. Imports no torch.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Probes:
         self._directory = run_directory / _DIRECTORY
         done = (int(path.parent.name[5:]) for path in self._directory.glob(f"step-{'[0-9]' * 8}/{_RESULTS}"))
         self._last_step = max(done, default=0)
+        self._awaited_step = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._is_closed = False
 
@@ -70,11 +71,34 @@ class Probes:
         if self._process:
             self._log.event(step, f"probe skipped: that of step {self._last_step} still runs")
             return
+        self._try_to_start(step, checkpoint)
+
+    def finish(self, step: int, checkpoint: Path) -> bool:
+        """Probe the last checkpoint, whatever the interval, once no other probe runs.
+
+        Returns:
+            Whether there is still something to wait for; call it again then, with the same arguments.
+        """
+        if self._log is None or not self._config.interval_steps:
+            return False
+        self.poll()
+        if self._process is None and self._last_step < step:
+            self._try_to_start(step, checkpoint)
+        if self._process and self._awaited_step != self._last_step:
+            self._awaited_step = self._last_step
+            self._log.event(
+                step,
+                f"the training is done; waiting for the probe of step {self._last_step}, a signal ends it",
+            )
+        return self._process is not None
+
+    def _try_to_start(self, step: int, checkpoint: Path) -> None:
         self._last_step = step
         try:
             self._start(checkpoint)
         except OSError as error:
-            self._log.event(step, f"probe not started: {error}")
+            if self._log:
+                self._log.event(step, f"probe not started: {error}")
 
     def _start(self, checkpoint: Path) -> None:
         output = self._output

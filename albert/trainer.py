@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from albert.batches import PretrainBatch
-from albert.checkpoint import TrainingState
+from albert.checkpoint import TrainingState, step_directory
 from albert.config import RunConfig
 from albert.distributed import sum_over_ranks
 from albert.engine import Engine
@@ -35,6 +35,7 @@ from albert.stopping import StopRequest
 from albert.watchdog import Watchdog
 
 _DROPOUT_STREAM = 2
+_PROBE_POLL_S = 0.5
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -107,9 +108,26 @@ class Trainer:
                 should_stop = self._train_until(last_step)
                 if (should_stop or self.step >= last_step) and self._saved_step != self.step:
                     self._save()
-        self._probes.close()
+        if self.step < train.num_steps:
+            self._probes.close()
         self._finish_save()
         return self.step == train.num_steps
+
+    def finish_probes(self) -> None:
+        """Wait for the probe that runs and for that of the last checkpoint, or for a signal. Collective.
+
+        Ranks leave together even without probes: one that has left is as silent as a lost one.
+        """
+        last = step_directory(self.checkpoints.directory, self.step)
+        is_waiting = True
+        while is_waiting:
+            self.watchdog.enter("probe", self.step)
+            flags = torch.tensor([self._probes.finish(self.step, last), self.stop.is_set], dtype=torch.int64)
+            num_running, num_stopped = sum_over_ranks(flags).tolist()
+            is_waiting = num_running > 0 and num_stopped == 0
+            if is_waiting:
+                time.sleep(_PROBE_POLL_S)
+        self._probes.close()
 
     def _train_until(self, last_step: int) -> bool:
         """Steps in a row, ended by the last one, a stop request (returns True) or a rewind."""
@@ -317,4 +335,5 @@ class Trainer:
         path = self.checkpoints.finish()
         if path and self.monitor:
             self.monitor.event(self.step, f"checkpoint committed: {path}")
-            self._probes.begin(self._saved_step, path)
+            if self._saved_step < self.config.train.num_steps:  # else see finish_probes
+                self._probes.begin(self._saved_step, path)

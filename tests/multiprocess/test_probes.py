@@ -146,22 +146,64 @@ def _pretrain(overrides: list[str]) -> int:
     return run_command(pretrain._main)
 
 
-def test_a_pretraining_begins_probes_at_its_checkpoints_and_ends_without_them(inputs, tmp_path):
-    make_dataset(tmp_path / "shards")
+def _start(inputs, directory: Path, ranks: int, *overrides: str) -> Ranks:
+    """A pretraining whose second checkpoint is the first one that is probed."""
+    make_dataset(directory / "shards")
     model = [f"model.{key}={value}" for key, value in TINY_MODEL.items()]
-    overrides = [
-        *model, f"data.directory={tmp_path}/shards", f"train.output_dir={tmp_path}/run", "train.num_steps=12",
-        "train.global_batch_size=4", "train.micro_batch_size=4", "schedule.warmup_steps=1", "eval.interval_steps=0",
+    common = [
+        *model, f"data.directory={directory}/shards", f"train.output_dir={directory}/run", "train.num_steps=11",
+        "train.global_batch_size=4", "train.micro_batch_size=2", "schedule.warmup_steps=1", "eval.interval_steps=0",
         "checkpoint.interval_steps=3", "checkpoint.asynchronous=false", "log.interval_steps=1",
         "log.tensorboard=false", "deepspeed.config=zero0", "probe.interval_steps=5", "probe.task=lcqmc",
         f"probe.data={inputs[0]}",
     ]  # fmt: skip
-    assert Ranks(1, _pretrain, overrides).results() == [0]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    told = [line["message"] for line in lines if "probe" in line.get("message", "")]
-    assert "probe skipped: that of step 6 still runs" in told or len(told) == 1
-    assert told[-1] == "probe ended with the training, before it had a score"
+    return Ranks(ranks, _pretrain, [*common, *overrides])
+
+
+def _lines(directory: Path) -> list[dict]:
+    path = directory / "run" / "metrics.jsonl"
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _told(directory: Path) -> list[str]:
+    return [line["message"] for line in _lines(directory) if "probe" in line.get("message", "")]
+
+
+_ENDED = "probe ended with the training, before it had a score"
+
+
+def _awaited(step: int) -> str:
+    return f"the training is done; waiting for the probe of step {step}, a signal ends it"
+
+
+def test_a_pretraining_that_is_done_waits_for_the_probe_of_its_last_checkpoint(inputs, tmp_path):
+    ranks = _start(inputs, tmp_path, 2, "probe.num_steps=2", "train.hang_timeout_s=3")
+    assert ranks.results() == [0, 0]
+    told = _told(tmp_path)
+    assert told[-1] == _awaited(11)
+    assert set(told) <= {_awaited(6), _awaited(11)}
+    probed = [
+        (line["step"], 0 < line["accuracy"] < 1) for line in _lines(tmp_path) if line["kind"] == "probe"
+    ]
+    assert probed == [(6, True), (11, True)]
+
+
+def test_a_signal_ends_the_wait_for_a_probe(inputs, tmp_path):
+    ranks = _start(inputs, tmp_path, 2, "probe.num_steps=1000000")
+    _wait(lambda: _awaited(6) in _told(tmp_path), "the training does not wait")
     assert (tmp_path / "run" / "model").is_dir()
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)
+    assert ranks.results(timeout_s=20) == [0, 0]
+    assert _told(tmp_path) == [_awaited(6), _ENDED]
+
+
+def test_a_pretraining_that_is_stopped_does_not_wait(inputs, tmp_path):
+    ranks = _start(inputs, tmp_path, 1, "probe.num_steps=1000000", "train.num_steps=1000000")
+    _wait((tmp_path / "run" / "probes").is_dir, "no probe")
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    assert ranks.results(timeout_s=20) == [75]
+    assert _told(tmp_path)[-1] == _ENDED
 
 
 def test_a_probe_that_could_never_run_is_refused(inputs, tmp_path):
