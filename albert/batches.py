@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -15,12 +15,20 @@ class _Movable:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """A copy on `device`."""
-        moved = {}
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def clone(self) -> Self:
+        """A copy in memory of its own."""
+        return self._changed(Tensor.clone)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            has_to = isinstance(value, (Tensor, _Movable))
-            moved[field.name] = value.to(device, non_blocking=non_blocking) if has_to else value
-        return type(self)(**moved)
+            if isinstance(value, _Movable):
+                value = value._changed(change)
+            changed[field.name] = change(value) if isinstance(value, Tensor) else value
+        return type(self)(**changed)
 
 
 @dataclass(frozen=True)

@@ -249,9 +249,11 @@ class TrainLoader:
             pin_memory=False,
         )
         micro_batches = iter(loader)
+        # A tensor from another process holds a file descriptor: too many for a step of many micro-batches.
+        own = PretrainBatch.clone if workers else _identity
         try:
             for _ in range(first_step, self._plan.num_steps):
-                yield [next(micro_batches) for _ in range(self._plan.accumulation_steps)]
+                yield [own(next(micro_batches)) for _ in range(self._plan.accumulation_steps)]
         except AlbertError as error:
             raise type(error)(_message_of_worker(error)) from None
         finally:
