@@ -103,26 +103,37 @@ def _passage_examples(name: str, passage: Any, split: str) -> list[ChoiceExample
 
 
 def read_c3(path: Path, split: str) -> tuple[list[Example], list[BadRow]]:
-    """C3: an array of [[sentences], [{question, choice, answer}], id]; CLUE's test questions have an id too."""
-    entries = _load_json(path)
-    if not isinstance(entries, list):
-        raise DataError(f"{path}: not an array; this is not C3's JSON")
+    """C3: an array of [[sentences], [{question, choice, answer}], id]; CLUE's test questions have an id too.
+
+    The data set comes in two files per split, m-SPLIT.json (texts) and d-SPLIT.json (dialogues); both are read.
+    """
     examples: list[Example] = []
     bad: list[BadRow] = []
-    for number, entry in enumerate(entries, start=1):
-        try:
-            sentences, questions, name = entry
-            context = "\n".join(sentences)
-            for index, question in enumerate(questions):
-                options = tuple(_text(option) for option in question["choice"])
-                label = options.index(question["answer"]) if question.get("answer") else None
-                _check_choice(label, options, split)
-                text = _text(question["question"])
-                guid = str(question.get("id", f"{name}-{index}"))
-                examples.append(ChoiceExample(guid, context, text, options, label))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            bad.append(BadRow(number, _reason(error)))
+    dialogues = path.with_name(f"d-{path.name[2:]}")
+    for file in [path, dialogues] if path.name.startswith("m-") and dialogues.exists() else [path]:
+        entries = _load_json(file)
+        if not isinstance(entries, list):
+            raise DataError(f"{file}: not an array; this is not C3's JSON")
+        where = "" if file == path else f"{file.name}: "
+        for number, entry in enumerate(entries, start=1):
+            try:
+                examples += _c3_examples(entry, split)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                bad.append(BadRow(number, where + _reason(error)))
     return examples, bad
+
+
+def _c3_examples(entry: Any, split: str) -> list[ChoiceExample]:
+    sentences, questions, name = entry
+    context = "\n".join(sentences)
+    examples = []
+    for index, question in enumerate(questions):
+        options = tuple(_text(option) for option in question["choice"])
+        label = options.index(question["answer"]) if question.get("answer") else None
+        _check_choice(label, options, split)
+        guid = str(question.get("id", f"{name}-{index}"))
+        examples.append(ChoiceExample(guid, context, _text(question["question"]), options, label))
+    return examples
 
 
 def _check_choice(label: int | None, options: Any, split: str) -> None:

@@ -133,7 +133,7 @@ def test_a_finished_training_is_not_done_again(inputs, whole):
     before = (whole / "metrics.jsonl").read_bytes()
     predictions = (whole / "predictions-test.jsonl").read_bytes()
     (whole / "predictions-test.jsonl").unlink()
-    assert _start(inputs, whole, ranks=2).results() == [0, 0]
+    assert _start(inputs, whole, "--hang-timeout-s=20", "--peer-timeout-s=300", ranks=2).results() == [0, 0]
     assert (whole / "metrics.jsonl").read_bytes() == before
     assert (whole / "predictions-test.jsonl").read_bytes() == predictions
 

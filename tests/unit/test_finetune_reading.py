@@ -192,6 +192,12 @@ def test_choice_forms(tmp_path):
     (tmp_path / "test1.1.json").write_text(json.dumps(test))
     examples = read_split(find_task("c3"), tmp_path, "test").examples
     assert [(example.guid, example.label) for example in examples] == [("4", None), ("5", None)]
+    (tmp_path / "m-train.json").write_text(json.dumps(c3))
+    (tmp_path / "d-train.json").write_text(json.dumps([[["句三"], c3[0][1], "2-5"]]))
+    assert [e.guid for e in read_split(find_task("c3"), tmp_path, "train").examples] == ["7-1-0", "2-5-0"]
+    (tmp_path / "d-train.json").write_text("[1]")
+    with pytest.raises(DataError, match=r"1 bad of 2 rows: row 1: d-train.json: TypeError at cannot unpack"):
+        read_split(find_task("c3"), tmp_path, "train")
     c3[0][1][0]["answer"] = "丙"
     with pytest.raises(DataError, match="row 1: ValueError"):
         _read(tmp_path, "c3", "dev.json", json.dumps(c3))
