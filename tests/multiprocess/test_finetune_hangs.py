@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import albert.finetune.loop
+import albert.finetune.run
 from albert.errors import end_rank, run_command
 from albert.finetune import cli
 from albert.finetune.text_data import TextData
@@ -75,20 +76,31 @@ def missing_collective() -> None:
     agree_to_stop, tuner._agree_to_stop = tuner._agree_to_stop, agree
 
 
+def slow_predictions() -> None:
+    """Rank 0 writes for longer than a step may hang, while the others have nothing more to do."""
+    original = albert.finetune.run.write_predictions
+
+    def write_predictions(*arguments):
+        time.sleep(3 * _HANG_TIMEOUT_S)
+        return original(*arguments)
+
+    albert.finetune.run.write_predictions = write_predictions
+
+
 def _faulty_finetune(fault: Callable[[], None], arguments: list[str]) -> None:
     fault()
     sys.argv = ["finetune", *arguments]
     end_rank(run_command(cli._main))
 
 
-def _start(inputs, output: Path, fault: Callable[[], None]) -> Ranks:
+def _start(inputs, output: Path, fault: Callable[[], None], *options: str) -> Ranks:
     data, model = inputs
     arguments = [
         "--task=lcqmc", f"--data-dir={data}", f"--model={model}", f"--output={output}", "--do-train", "--do-eval",
         "--max-steps=100000", "--batch-size=20", "--progress=off", "--log-interval-steps=1", "--no-tensorboard",
         "--eval-interval-steps=50000", f"--hang-timeout-s={_HANG_TIMEOUT_S}",
     ]  # fmt: skip
-    return Ranks(2, _faulty_finetune, fault, arguments)
+    return Ranks(2, _faulty_finetune, fault, [*arguments, *options])
 
 
 def _exit_code(ranks: Ranks, rank: int) -> int | None:
@@ -134,3 +146,9 @@ def test_a_rank_that_does_not_get_on_is_named_with_its_phase(inputs, tmp_path, c
     assert f"[rank 1] error: {phase} of step {_FAULTY_STEP} has taken" in message
     assert "in _wait_for_ever" in message  # its stack says why
     _assert_in_time(message, elapsed_s)
+
+
+def test_ranks_wait_for_one_that_writes_slowly(inputs, tmp_path):
+    ranks = _start(inputs, tmp_path, slow_predictions, "--max-steps=12")
+    assert [_exit_code(ranks, rank) for rank in (0, 1)] == [0, 0]
+    assert (tmp_path / "predictions-dev.jsonl").is_file()

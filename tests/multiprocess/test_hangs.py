@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import albert.pretrained
 import albert.trainer
 from albert.distributed import peer_errors
 from albert.errors import PeerLostError, end_rank
@@ -58,15 +59,26 @@ def missing_collective() -> None:
     albert.trainer.count_batch = count_batch
 
 
+def slow_model() -> None:
+    """Rank 0 writes the model for longer than a step may hang, while the others have nothing more to do."""
+    original = albert.pretrained.save_pretrained
+
+    def save_pretrained(*arguments):
+        time.sleep(3 * HANG_TIMEOUT_S)
+        original(*arguments)
+
+    albert.pretrained.save_pretrained = save_pretrained
+
+
 def _faulty_pretrain(fault: Callable[[], None], config: str, overrides: list[str]) -> None:
     fault()
     end_rank(runs.pretrain_rank(config, overrides))
 
 
-def start(workspace: Path, name: str, fault: Callable[[], None]) -> Ranks:
+def start(workspace: Path, name: str, fault: Callable[[], None], *more: str) -> Ranks:
     overrides = [
         f"train.output_dir={workspace / name}", *runs.ENDLESS, "eval.interval_steps=0", "data.num_workers=0",
-        f"train.hang_timeout_s={HANG_TIMEOUT_S}",
+        f"train.hang_timeout_s={HANG_TIMEOUT_S}", *more,
     ]  # fmt: skip
     return Ranks(2, _faulty_pretrain, fault, str(workspace / "config.yaml"), overrides)
 
@@ -118,6 +130,12 @@ def test_a_rank_that_does_not_get_on_is_named_with_its_phase(workspace, capfd, f
     assert f"[rank 1] error: {phase} of step {FAULTY_STEP} has taken" in message
     assert "in _wait_for_ever" in message  # its stack says why
     assert_in_time(message, elapsed_s)
+
+
+def test_ranks_wait_for_one_that_writes_the_model_slowly(workspace):
+    ranks = start(workspace, "slow-model", slow_model, "train.num_steps=12")
+    assert [exit_code(ranks, rank) for rank in (0, 1)] == [0, 0]
+    assert (workspace / "slow-model" / "model").is_dir()
 
 
 def test_a_killed_loader_process_asks_for_a_restart(workspace):
