@@ -21,6 +21,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -38,6 +39,8 @@ _KNOWN_AFTER = 5
 _HISTORY = 512
 _SILENT_AFTER = 4
 _FAREWELL_S = 1.0
+_STATE, _SCHEDULING = Path("/proc/self/stat"), Path("/proc/self/schedstat")
+"""Of the main thread: after its name in parentheses, R where it runs or could; nanoseconds on a processor."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Watchdog:
         self._steps_s: deque[float] = deque(maxlen=_HISTORY)
         self._is_over = threading.Event()
         self._clock_s = 0.0
+        self._starved_s = 0.0
+        """How long the main thread has waited for a processor in its present place."""
         self._is_listening = False
         self._heard: dict[int, tuple[str, int]] = {}
         """Rank -> its newest heartbeat, and how often in a row it was the same."""
@@ -128,14 +133,17 @@ class Watchdog:
         return max(self.hang_limit_s(), _FACTOR * _p99(own))
 
     def _watch(self) -> None:
-        """Measure on a clock that stands still while this process does: a suspended job is no hanging one."""
-        entered_s, seen, last = 0.0, self._place, time.monotonic()
+        """Measure on a clock that stands still while this process may not run: stopped or starved is not hanging."""
+        entered_s, seen, last, last_run_s = 0.0, self._place, time.monotonic(), _run_s()
         while not self._is_over.wait(self._interval_s):
-            now = time.monotonic()
-            self._clock_s += min(now - last, 2 * self._interval_s)
-            last = now
+            now, run_s = time.monotonic(), _run_s()
+            passed_s = min(now - last, 2 * self._interval_s)
+            counted_s = min(passed_s, run_s - last_run_s) if _could_run() else passed_s
+            last, last_run_s = now, run_s
+            self._clock_s += counted_s
+            self._starved_s += passed_s - counted_s
             if self._place is not seen:
-                seen, entered_s = self._place, self._clock_s
+                seen, entered_s, self._starved_s = self._place, self._clock_s, 0.0
             elapsed_s, limit_s = self._clock_s - entered_s, self.hang_limit_s()
             self._is_listening = elapsed_s > limit_s / 2
             if elapsed_s > limit_s:
@@ -146,8 +154,9 @@ class Watchdog:
         heard = dict(self._heard)
         silent = {rank for rank, (_, times) in heard.items() if times >= _SILENT_AFTER} - {self._world.rank}
         if not silent:
-            phases = (json.loads(beat)[1] for beat, _ in heard.values())
-            limit_s = max(map(self.allowed_s, (place.phase, *phases)))
+            others = [json.loads(beat) for beat, _ in heard.values()]
+            limit_s = max(map(self.allowed_s, (place.phase, *(phase for _, phase, *_ in others))))
+            limit_s += max((starved_s for *_, starved_s in others), default=0.0)
             if self._num_exchanges <= _SILENT_AFTER:
                 # Wait until it is clear who is silent, if the others can be asked at all.
                 limit_s += 2 * _SILENT_AFTER * self._interval_s
@@ -160,7 +169,10 @@ class Watchdog:
         while self._beats and not self._is_over.wait(self._interval_s):
             num_beats += 1
             place = self._place
-            self._beats.send(json.dumps([place.step, place.phase, socket.gethostname(), num_beats]))
+            starved_s = round(self._starved_s, 1)
+            self._beats.send(
+                json.dumps([place.step, place.phase, socket.gethostname(), num_beats, starved_s])
+            )
             if not self._is_listening:
                 self._heard, self._num_exchanges = {}, 0
                 continue
@@ -179,7 +191,7 @@ class Watchdog:
     ) -> NoReturn:
         """Print where every rank is and every stack of this one, and end the process."""
         told = {rank: json.loads(beat) for rank, beat in beats.items()}
-        places = {rank: (Place(step, phase), host) for rank, (step, phase, host, _) in told.items()}
+        places = {rank: (Place(step, phase), host) for rank, (step, phase, host, *_) in told.items()}
         places[self._world.rank] = (place, socket.gethostname())
         missing = sorted(set(range(self._world.size)) - places.keys())
         reason = describe_hang(places, silent, missing)
@@ -194,6 +206,22 @@ class Watchdog:
         if self._world.is_main:
             time.sleep(_FAREWELL_S)  # the other ranks read the heartbeats from here
         os._exit(PeerLostError.exit_code)
+
+
+def _could_run() -> bool:
+    """Whether the main thread waits for nothing but a processor, if for that; False where the system does not say."""
+    try:
+        return _SCHEDULING.exists() and _STATE.read_text().rpartition(")")[2].split()[0] == "R"
+    except OSError:
+        return False
+
+
+def _run_s() -> float:
+    """Time of the main thread on a processor; 0 where the system does not say."""
+    try:
+        return int(_SCHEDULING.read_text().split()[0]) / 1e9
+    except OSError:
+        return 0.0
 
 
 def _all_stacks() -> str:

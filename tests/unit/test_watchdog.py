@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +51,56 @@ def test_phases_named_slow_may_take_long():
     watchdog = known(Watchdog(ALONE, 10.0, 600.0, slow_phases=("data",)))
     assert watchdog.allowed_s("data") == 600
     assert watchdog.allowed_s("count") == 10
+
+
+_WATCHED = """
+import hashlib, time, torch
+from albert.distributed import World
+from albert.watchdog import STEP_PHASES, Watchdog
+block = bytes(30_000_000)
+with Watchdog(World(0, 1, 0, torch.device("cpu")), 1.0, 1.0) as watchdog:
+    for step in range(10):
+        for phase in STEP_PHASES:
+            watchdog.enter(phase, step)
+    watchdog.enter("forward_backward", 10)
+    print("ready", flush=True)
+    input()
+    {work}
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's scheduling statistics")
+@pytest.mark.parametrize(
+    ("work", "said", "code"), [("hashlib.blake2b(block)", b"done\n", 0), ("time.sleep(30)", b"", 76)]
+)
+def test_a_rank_that_others_keep_from_running_does_not_hang(work, said, code):
+    """It shares one core with a process that gets 68 times as much of it: work of 0.03 s takes seconds."""
+    core = {min(os.sched_getaffinity(0))}
+    spin = f"import os, time; os.sched_setaffinity(0, {core}); print(flush=True)\nwhile True: pass"
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", _WATCHED.format(work=work)]
+    with (
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as watched,
+        subprocess.Popen([sys.executable, "-c", spin], stdout=pipe) as other,
+    ):
+        try:
+            assert watched.stdout.readline() == b"ready\n"
+            assert other.stdout.readline() == b"\n"
+            os.sched_setaffinity(watched.pid, core)
+            os.setpriority(os.PRIO_PROCESS, watched.pid, 19)
+            began = time.monotonic()
+            watched.stdin.write(b"\n")
+            watched.stdin.flush()
+            assert watched.stdout.readline() == said
+            elapsed_s = time.monotonic() - began
+            other.kill()
+            _, errors = watched.communicate(timeout=60)
+        finally:
+            other.kill()
+            watched.kill()
+    assert watched.returncode == code, errors.decode()
+    assert elapsed_s > 1
 
 
 def place(step: int, phase: str, host: str = "a") -> tuple[Place, str]:
