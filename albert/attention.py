@@ -154,11 +154,13 @@ def _attend_sequence(query: Tensor, key: Tensor, value: Tensor, dropout: float) 
 
 def _attend_runs(qkv: Tensor, runs: tuple[tuple[int, int], ...], dropout: float) -> Tensor:
     """One batched call per run; `split` (not slicing) so that backward concatenates instead of adding."""
+    if len(runs) == 1:  # the backward of a split into one copies
+        return _attend_batch(qkv.unflatten(0, runs[0]), None, dropout)
     parts = qkv.split([number * length for number, length in runs])
     outputs = [
         _attend_batch(part.unflatten(0, run), None, dropout) for part, run in zip(parts, runs, strict=True)
     ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return torch.cat(outputs)
 
 
 def _attend_padded(qkv: Tensor, mask: Tensor, dropout: float) -> Tensor:
@@ -167,6 +169,7 @@ def _attend_padded(qkv: Tensor, mask: Tensor, dropout: float) -> Tensor:
 
 def _attend_batch(qkv: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Attention of [batch, seq, 3, heads, head_dim]; returns [batch * seq, heads * head_dim]."""
-    query, key, value = qkv.transpose(1, 3).unbind(2)  # each [batch, heads, seq, head_dim]
+    # Transposed after the split, whose backward then writes [batch, seq, 3, heads, head_dim] at once.
+    query, key, value = (x.transpose(1, 2) for x in qkv.unbind(2))  # each [batch, heads, seq, head_dim]
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return output.transpose(1, 2).flatten(2).flatten(0, 1)
