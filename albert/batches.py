@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 
-class _Movable:
+class Movable:
     """Moves every tensor field (and nested batch) to a device."""
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """A copy on `device`."""
-        return self._changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on `device`; to a GPU through pinned memory, or the host would wait for all kernels before it."""
+        if torch.device(device).type != "cuda":
+            return self._changed(lambda tensor: tensor.to(device))
+        return self._changed(lambda tensor: _pinned(tensor).to(device, non_blocking=True))
 
     def clone(self) -> Self:
         """A copy in memory of its own."""
@@ -25,14 +27,18 @@ class _Movable:
         changed = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if isinstance(value, _Movable):
+            if isinstance(value, Movable):
                 value = value._changed(change)
             changed[field.name] = change(value) if isinstance(value, Tensor) else value
         return type(self)(**changed)
 
 
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cuda else tensor.pin_memory()
+
+
 @dataclass(frozen=True)
-class PackedBatch(_Movable):
+class PackedBatch(Movable):
     """Sequences laid end to end."""
 
     input_ids: Tensor
@@ -53,7 +59,7 @@ class PackedBatch(_Movable):
 
 
 @dataclass(frozen=True)
-class PretrainBatch(_Movable):
+class PretrainBatch(Movable):
     """Packed sequences with their MLM and SOP targets."""
 
     sequences: PackedBatch

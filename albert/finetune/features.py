@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from albert.batches import PackedBatch, pack
+from albert.batches import Movable, PackedBatch, pack
 
 SPECIAL_TOKENS_OF_PAIR = 3
 """`[CLS] A [SEP] B [SEP]`"""
@@ -145,7 +145,7 @@ def make_sequences(
 
 
 @dataclass(frozen=True)
-class LabelledBatch:
+class LabelledBatch(Movable):
     """Packed sequences with what is to be predicted of them."""
 
     sequences: PackedBatch
@@ -153,7 +153,3 @@ class LabelledBatch:
     """Of the kind of task: [batch] classes, [batch] numbers, [batch, 2] span ends, or [tokens] tags."""
     group_sizes: tuple[int, ...] = ()
     """Options per question of multiple choice: so many consecutive sequences belong together."""
-
-    def to(self, device: torch.device | str) -> LabelledBatch:
-        """A copy on `device`."""
-        return LabelledBatch(self.sequences.to(device), self.labels.to(device), self.group_sizes)
