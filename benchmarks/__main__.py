@@ -8,7 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-_NOT_BENCHMARKS = {"__init__", "__main__", "figure", "learning", "scaling_table", "small_run"}
+_NOT_BENCHMARKS = {
+    "__init__",
+    "__main__",
+    "figure",
+    "learning",
+    "length_balance",
+    "scaling_table",
+    "small_run",
+}
 
 
 def main() -> None:
