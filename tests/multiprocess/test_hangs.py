@@ -176,6 +176,7 @@ def test_a_suspended_job_goes_on(workspace):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_no_false_alarm_in_10000_steps(workspace):
     overrides = (
         "train.num_steps=10000", "schedule.warmup_steps=10", "eval.interval_steps=1000", "log.interval_steps=50",
