@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -38,6 +39,8 @@ _FACTOR = 5
 _KNOWN_AFTER = 5
 _HISTORY = 512
 _SILENT_AFTER = 4
+_RANKS_HEARD_PER_BEAT = 64
+"""Every rank that waits asks for all the others, so the store answers the square of their number in each round."""
 _FAREWELL_S = 1.0
 _STATE, _SCHEDULING = Path("/proc/self/stat"), Path("/proc/self/schedstat")
 """Of the main thread: after its name in parentheses, R where it runs or could; nanoseconds on a processor."""
@@ -88,10 +91,11 @@ class Watchdog:
         """How long the main thread has waited for a processor in its present place."""
         self._is_listening = False
         self._heard: dict[int, tuple[str, int]] = {}
-        """Rank -> its newest heartbeat, and how often in a row it was the same."""
+        """Rank -> its newest heartbeat, and for how many of this rank's beats it has been the same."""
         self._num_exchanges = 0
         """Since this rank listens."""
         self._interval_s = min(1.0, hang_timeout_s / 10)
+        self._beats_per_round = math.ceil(world.size / _RANKS_HEARD_PER_BEAT)
         self._beats = Heartbeats(world, self._interval_s) if hang_timeout_s else None
 
     def __enter__(self) -> Self:
@@ -157,9 +161,9 @@ class Watchdog:
             others = [json.loads(beat) for beat, _ in heard.values()]
             limit_s = max(map(self.allowed_s, (place.phase, *(phase for _, phase, *_ in others))))
             limit_s += max((starved_s for *_, starved_s in others), default=0.0)
-            if self._num_exchanges <= _SILENT_AFTER:
+            if self._num_exchanges <= math.ceil(_SILENT_AFTER / self._beats_per_round):
                 # Wait until it is clear who is silent, if the others can be asked at all.
-                limit_s += 2 * _SILENT_AFTER * self._interval_s
+                limit_s += 2 * max(_SILENT_AFTER, self._beats_per_round) * self._interval_s
         if elapsed_s > limit_s:
             self._end(place, elapsed_s, limit_s, {rank: beat for rank, (beat, _) in heard.items()}, silent)
 
@@ -176,9 +180,11 @@ class Watchdog:
             if not self._is_listening:
                 self._heard, self._num_exchanges = {}, 0
                 continue
+            if num_beats % self._beats_per_round:
+                continue
             for rank, beat in self._beats.receive().items():
                 last, times = self._heard.get(rank, ("", 0))
-                self._heard[rank] = (beat, times + 1 if beat == last else 0)
+                self._heard[rank] = (beat, times + self._beats_per_round if beat == last else 0)
             self._num_exchanges += 1
 
     def _end(

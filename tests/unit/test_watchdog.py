@@ -53,6 +53,30 @@ def test_phases_named_slow_may_take_long():
     assert watchdog.allowed_s("count") == 10
 
 
+class CountingStore(torch.distributed.HashStore):
+    """A store that all ranks share, with the number of questions for all heartbeats."""
+
+    num_questions = 0
+
+    def clone(self):
+        return self
+
+    def multi_get(self, keys):
+        CountingStore.num_questions += 1
+        return [b'[1, "save", "a", 1, 0.0]'] * len(keys)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(2, 30), (64, 30), (640, 3)])
+def test_more_ranks_ask_less_often_or_the_store_drowns(size, expected, monkeypatch):
+    monkeypatch.setattr(CountingStore, "num_questions", 0)
+    watchdog = Watchdog(World(0, size, 0, torch.device("cpu"), CountingStore()), 0.01, 60.0)
+    beats = iter([False] * 30 + [True])
+    monkeypatch.setattr(watchdog._is_over, "wait", lambda _: next(beats))
+    watchdog._is_listening = True
+    watchdog._exchange()
+    assert CountingStore.num_questions == expected
+
+
 _WATCHED = """
 import hashlib, time, torch
 from albert.distributed import World
