@@ -25,6 +25,8 @@ from albert.shards import ShardReader
 from albert.tokenization import load_tokenizer
 
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_IN_WORKER = "in DataLoader worker"
+"""In what torch says of an error that a worker met and handed over."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,11 @@ class TrainLoader:
                 yield [own(next(micro_batches)) for _ in range(self._plan.accumulation_steps)]
         except AlbertError as error:
             raise type(error)(_message_of_worker(error)) from None
+        except (EOFError, OSError) as error:
+            if not workers or _IN_WORKER in str(error):
+                raise
+            # It was lost while it handed a batch over; torch words it so where it notices that itself.
+            raise RuntimeError(f"DataLoader worker exited unexpectedly: {type(error).__name__}") from error
         finally:
             # Workers ignore signals; left to the interpreter's exit, it would wait for them for ever.
             getattr(micro_batches, "_shutdown_workers", lambda: None)()

@@ -133,7 +133,7 @@ class AlbertAttention(nn.Module):
 
     def _heads(self, projected: Tensor, parts: int) -> Tensor:
         """[tokens, parts * hidden] as [tokens, parts, heads, head_dim]."""
-        return projected.view(len(projected), parts, self.num_heads, -1)
+        return projected.unflatten(1, (parts, self.num_heads, -1))
 
 
 class AlbertFeedForward(nn.Module):

@@ -46,6 +46,7 @@ def _child(
     try:
         pipe.send((True, function(*arguments)))
     except BaseException:
+        traceback.print_exc()  # a test that waits for an exit code reads no pipe
         pipe.send((False, traceback.format_exc()))
     pipe.close()
     os._exit(0)
