@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from albert.manifest import write_manifest
-from albert.monitoring import read_metrics
+from albert.monitoring import METRICS_NAME, read_metrics
 from benchmarks.figure import print_figure
 from benchmarks.loader import VOCAB_SIZE, write_dataset
 
 _LENGTH, _MICRO_BATCH, _RANKS = 128, 4, 2
 _CALIBRATION_STEPS = 150
+_TAIL_BYTES = 8192
 _SAVE_PHASE = (0, 1, 2)
 """Steps after a multiple of the interval in which a save may cost time: it begins after the first and is written
 beside the others."""
@@ -73,6 +74,17 @@ def _lines(run: Path) -> list[dict[str, Any]]:
     return read_metrics(run, "train") if (run / "metrics.jsonl").is_file() else []
 
 
+def _last_line(run: Path) -> dict[str, Any] | None:
+    """The newest step, read from the end: what watches the run must not cost what is measured."""
+    path = run / METRICS_NAME
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        lines = [json.loads(line) for line in file.read().splitlines()[1:] if line.endswith(b"}")]
+    return next((line for line in reversed(lines) if line["kind"] == "train"), None)
+
+
 def _step_times(run: Path) -> list[float]:
     lines = _lines(run)
     return [after["time"] - before["time"] for before, after in itertools.pairwise(lines)]
@@ -87,18 +99,18 @@ def _kill_until_done(
     next_kill = time.time() + generator.expovariate(1 / mtbf_s)
     is_down = False
     while launched.poll() is None:
-        time.sleep(0.05)
-        lines = _lines(run)
-        if is_down and lines and lines[-1]["time"] > kills[-1]["time"] + 0.5:
-            restarts.append(lines[-1]["time"] - kills[-1]["time"])
+        time.sleep(0.1)
+        last = _last_line(run)
+        if is_down and last and last["time"] > kills[-1]["time"] + 0.5:
+            restarts.append(last["time"] - kills[-1]["time"])
             is_down = False
-        if time.time() < next_kill or is_down or not lines:
+        if time.time() < next_kill or is_down or not last:
             continue
         ranks = list(_rank_pids(run))
         if ranks:
             rank, pid = generator.choice(ranks)
             os.kill(pid, signal.SIGKILL)
-            kills.append({"time": time.time(), "rank": rank, "step": lines[-1]["step"]})
+            kills.append({"time": time.time(), "rank": rank, "step": last["step"]})
             is_down = True
             next_kill = time.time() + generator.expovariate(1 / mtbf_s)
     return kills, restarts

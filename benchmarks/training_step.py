@@ -76,18 +76,23 @@ def make_batch(case: Case) -> PretrainBatch:
     return PretrainBatch(pack(ids, types, case.lengths), indices, labels, orders)
 
 
-def hugging_face_step(case: Case, model: AlbertForPreTraining, batch: PretrainBatch) -> Callable[[], float]:
-    """The same step in Hugging Face's AlbertForPreTraining with sdpa, on padded rows."""
+def hugging_face_step(
+    case: Case, model: AlbertForPreTraining, batch: PretrainBatch, *, compiled: bool = False
+) -> Callable[[], Tensor]:
+    """The same step in Hugging Face's AlbertForPreTraining with sdpa, on padded rows; on the model's device."""
     fields = hugging_face_config(case.config, "AlbertForPreTraining")
     config = transformers.AlbertConfig(**{**fields, "classifier_dropout_prob": 0.0}, num_labels=2)
     config._attn_implementation = "sdpa"
     twin = transformers.AlbertForPreTraining(config)
     state = {hugging_face_name(n, 1): x for n, x in model.state_dict().items()}
     twin.load_state_dict(state, strict=False)
-    twin.train()
+    weight = next(model.parameters())
+    twin.to(weight.device, weight.dtype).train()
+    if compiled:
+        twin.compile()
 
     def pad(values: Tensor, fill: int = 0) -> Tensor:
-        rows = torch.full((len(case.lengths), case.padded_length), fill)
+        rows = torch.full((len(case.lengths), case.padded_length), fill, device=weight.device)
         for row, part in zip(rows, values.split(case.lengths), strict=True):
             row[: len(part)] = part
         return rows
@@ -103,46 +108,57 @@ def hugging_face_step(case: Case, model: AlbertForPreTraining, batch: PretrainBa
         "sentence_order_label": batch.sentence_order_labels,
     }
 
-    def step() -> float:
+    def step() -> Tensor:
         twin.zero_grad(set_to_none=True)
-        loss = twin(**inputs).loss
+        loss: Tensor = twin(**inputs).loss
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
     return step
 
 
-def own_step(model: AlbertForPreTraining, batch: PretrainBatch) -> Callable[[], float]:
+def own_step(model: AlbertForPreTraining, batch: PretrainBatch) -> Callable[[], Tensor]:
     """The step of this project."""
 
-    def step() -> float:
+    def step() -> Tensor:
         model.zero_grad(set_to_none=True)
         output = model(batch)
         loss = output.mlm_loss_sum / len(batch.masked_lm_labels)
         loss = loss + output.sop_loss_sum / len(batch.sentence_order_labels)
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
     return step
 
 
-def matmul_step(size: int = 1024) -> Callable[[], float]:
-    """A square fp32 product; returns its FLOPs."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def matmul_step(size: int, device: torch.device | str, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Eight square products; returns their FLOPs."""
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
 
-    def step() -> float:
+    def step() -> Tensor:
         for _ in range(8):
             torch.mm(a, b)
-        return 8.0 * 2 * size**3
+        return torch.tensor(8.0 * 2 * size**3)
 
     return step
 
 
-def timed(step: Callable[[], float]) -> tuple[float, float]:
-    """CPU seconds of one thread, and what the step returned."""
+def case_flops(case: Case, batch: PretrainBatch) -> float:
+    """Useful FLOPs of a step."""
+    return step_flops(
+        case.config,
+        tokens=sum(case.lengths),
+        sum_squared_lengths=sum(n * n for n in case.lengths),
+        sequences=len(case.lengths),
+        preds=len(batch.masked_lm_labels),
+    )
+
+
+def timed(step: Callable[[], Tensor]) -> float:
+    """CPU seconds of one thread."""
     start = time.process_time()
-    value = step()
-    return time.process_time() - start, value
+    step()
+    return time.process_time() - start
 
 
 def measure(name: str, case: Case, rounds: int) -> dict[str, object]:
@@ -153,23 +169,16 @@ def measure(name: str, case: Case, rounds: int) -> dict[str, object]:
     steps = {
         "ours": own_step(model, batch),
         "hugging_face": hugging_face_step(case, model, batch),
-        "matmul": matmul_step(),
+        "matmul": matmul_step(1024, "cpu", torch.float32),
     }
-    losses = {key: step() for key, step in steps.items()}  # also the warm-up
+    losses = {key: step().item() for key, step in steps.items()}  # also the warm-up
     seconds: dict[str, list[float]] = {key: [] for key in steps}
     order = list(steps)
     for _ in range(rounds):
         for key in order:
-            taken, _ = timed(steps[key])
-            seconds[key].append(taken)
+            seconds[key].append(timed(steps[key]))
         order = order[1:] + order[:1]
-    flops = step_flops(
-        config,
-        tokens=sum(case.lengths),
-        sum_squared_lengths=sum(n * n for n in case.lengths),
-        sequences=len(case.lengths),
-        preds=len(batch.masked_lm_labels),
-    )
+    flops = case_flops(case, batch)
     rate = [losses["matmul"] / s for s in seconds["matmul"]]
     ratios = [h / o for h, o in zip(seconds["hugging_face"], seconds["ours"], strict=True)]
 

@@ -22,7 +22,7 @@ QUICK = (*runs.NO_DROPOUT, "checkpoint.interval_steps=20", "eval.interval_steps=
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.make_workspace(tmp_path_factory.mktemp("supervision"), num_steps=200)
+    return runs.make_workspace(tmp_path_factory.mktemp("supervision"), num_steps=120)
 
 
 def supervise(workspace: Path, name: str, launcher: list[str], *overrides: str) -> subprocess.Popen[str]:
@@ -59,7 +59,7 @@ def test_a_stopped_rank_is_shown_and_replaced_by_a_start_on_fewer_ranks(workspac
     assert output.count("launcher: restart 1 of 2, on 1 ranks in 1 s") == 1
     # The stopped rank, woken for it, printed where it was.
     assert re.search(r"\[rank 1\] .*most recent call first", output)
-    assert runs.last_step(run) == 200
+    assert runs.last_step(run) == 120
     assert runs.train(workspace, "whole", 2, *QUICK) == [0, 0]
     ours, theirs = runs.losses(run), runs.losses(workspace / "whole")
     for key, values in theirs.items():
