@@ -1,9 +1,10 @@
 """The whole trainer against the bare step: what loader, DeepSpeed ZeRO-1, optimizer and logging cost.
 
-    python -m benchmarks.trainer_overhead [--ranks 2] [--steps 6] [--rounds 5]
+    python -m benchmarks.trainer_overhead [--ranks 2] [--accumulation 4] [--steps 2] [--rounds 5]
 
-Both run on the same ranks in turn, with the same model (hidden 384, 6 layers, 128 tokens) and batches. The bare
-step is forward and backward of the model alone, on a batch that is already there. The figure is the ratio of speeds.
+Both run on the same ranks in turn, with the same model (hidden 384, 6 layers, 128 tokens) and micro-batches of 8. The
+bare step is forward and backward of the model alone, on a batch that is already there. The figure is the ratio of
+speeds. With --accumulation 1 every micro-batch is followed by a reduction and an update.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from albert.batches import PretrainBatch
 from albert.config import RunConfig, load_run_config
 from albert.deepspeed_config import build_deepspeed_config
 from albert.distributed import World, barrier, close_world, init_world
@@ -38,10 +40,10 @@ from benchmarks.small_run import SMALL_MODEL, run_overrides
 _LENGTH, _MICRO_BATCH = 128, 8
 
 
-def _config(directory: str, num_ranks: int, num_steps: int) -> RunConfig:
+def _config(directory: str, options: argparse.Namespace) -> RunConfig:
     overrides = run_overrides(
-        Path(directory), "run", num_steps=num_steps, global_batch_size=num_ranks * _MICRO_BATCH,
-        micro_batch_size=_MICRO_BATCH,
+        Path(directory), "run", num_steps=(options.rounds + 1) * options.steps,
+        global_batch_size=options.ranks * options.accumulation * _MICRO_BATCH, micro_batch_size=_MICRO_BATCH,
     )  # fmt: skip
     return load_run_config("base", [*overrides, *SMALL_MODEL, "train.precision=fp32"])
 
@@ -66,8 +68,7 @@ def _measure(
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     world = init_world("cpu", timeout_s=600)
-    num_steps = (options.rounds + 1) * options.steps
-    config = _config(directory, options.ranks, num_steps)
+    config = _config(directory, options)
     Path(config.train.output_dir).mkdir(exist_ok=True)
     with Watchdog(world, hang_timeout_s=10.0, slow_timeout_s=600.0) as watchdog:
         trainer = _build_trainer(config, manifest, world, watchdog)
@@ -84,13 +85,18 @@ def _measure(
                     if name == "whole":
                         trainer.train_step(next(steps))
                     else:
-                        output: Any = bare(batch)
-                        (output.mlm_loss_sum + output.sop_loss_sum).backward()
-                        bare.zero_grad(set_to_none=True)
+                        _bare_step(bare, batch, options.accumulation)
                 seconds[name] = time.perf_counter() - begin
             ratios.append(seconds["bare"] / seconds["whole"])
     close_world()
     return ratios[1:]
+
+
+def _bare_step(model: AlbertForPreTraining, batch: PretrainBatch, accumulation: int) -> None:
+    for _ in range(accumulation):
+        output = model(batch)
+        (output.mlm_loss_sum + output.sop_loss_sum).backward()
+    model.zero_grad(set_to_none=True)
 
 
 def _worker(results: Any, *arguments: Any) -> None:
@@ -103,7 +109,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=6, help="steps per round")
+    parser.add_argument("--accumulation", type=int, default=4, help="micro-batches per step")
+    parser.add_argument("--steps", type=int, default=2, help="steps per round")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     context = multiprocessing.get_context("fork")
@@ -111,7 +118,9 @@ def main() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        num_examples = (options.rounds + 2) * options.steps * options.ranks * _MICRO_BATCH
+        num_examples = (
+            (options.rounds + 2) * options.steps * options.ranks * options.accumulation * _MICRO_BATCH
+        )
         manifest = write_dataset(Path(directory), num_examples, _LENGTH)
         results = context.Queue()
         arguments = [(results, rank, options, directory, manifest, port) for rank in range(options.ranks)]
@@ -123,7 +132,8 @@ def main() -> None:
             process.join()
     print_figure(
         "whole_trainer_over_bare_step", ratios[0], "x tokens/s", model="hidden 384, 6 layers", tokens=_LENGTH,
-        micro_batch_size=_MICRO_BATCH, ranks=options.ranks, placement="zero1", precision="fp32",
+        micro_batch_size=_MICRO_BATCH, accumulation=options.accumulation, ranks=options.ranks, placement="zero1",
+        precision="fp32",
     )  # fmt: skip
 
 
