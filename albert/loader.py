@@ -258,7 +258,7 @@ class TrainLoader:
                 yield [own(next(micro_batches)) for _ in range(self._plan.accumulation_steps)]
         except AlbertError as error:
             raise type(error)(_message_of_worker(error)) from None
-        except (EOFError, OSError) as error:
+        except (EOFError, ConnectionError, FileNotFoundError) as error:
             if not workers or _IN_WORKER in str(error):
                 raise
             # It was lost while it handed a batch over; torch words it so where it notices that itself.

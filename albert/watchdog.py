@@ -158,7 +158,7 @@ class Watchdog:
         heard = dict(self._heard)
         silent = {rank for rank, (_, times) in heard.items() if times >= _SILENT_AFTER} - {self._world.rank}
         if not silent:
-            others = [json.loads(beat) for beat, _ in heard.values()]
+            others = [json.loads(beat) for rank, (beat, _) in heard.items() if rank != self._world.rank]
             limit_s = max(map(self.allowed_s, (place.phase, *(phase for _, phase, *_ in others))))
             limit_s += max((starved_s for *_, starved_s in others), default=0.0)
             if self._num_exchanges <= math.ceil(_SILENT_AFTER / self._beats_per_round):

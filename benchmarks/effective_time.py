@@ -32,7 +32,8 @@ from typing import Any
 from albert.manifest import write_manifest
 from albert.monitoring import METRICS_NAME, read_metrics
 from benchmarks.figure import print_figure
-from benchmarks.loader import VOCAB_SIZE, write_dataset
+from benchmarks.loader import write_dataset
+from benchmarks.small_run import SMALL_MODEL, run_overrides
 
 _LENGTH, _MICRO_BATCH, _RANKS = 128, 4, 2
 _CALIBRATION_STEPS = 150
@@ -43,12 +44,15 @@ beside the others."""
 
 
 def _start(directory: Path, run: str, num_steps: int, interval_steps: int) -> subprocess.Popen[bytes]:
-    overrides = [
-        f"data.directory={directory}", f"train.output_dir={directory / run}", f"train.num_steps={num_steps}",
-        f"train.global_batch_size={_RANKS * _MICRO_BATCH}", f"train.micro_batch_size={_MICRO_BATCH}",
-        f"model.vocab_size={VOCAB_SIZE}", "train.precision=fp32", "schedule.warmup_steps=1",
-        "eval.interval_steps=0", "log.progress=off", "log.interval_steps=1", "log.tensorboard=false",
-        "data.num_workers=0", "model.hidden_size=384", "model.intermediate_size=1536", "model.num_hidden_layers=6",
+    overrides = run_overrides(
+        directory,
+        run,
+        num_steps=num_steps,
+        global_batch_size=_RANKS * _MICRO_BATCH,
+        micro_batch_size=_MICRO_BATCH,
+    )
+    overrides += [
+        *SMALL_MODEL, "train.precision=fp32", "log.interval_steps=1", "log.tensorboard=false", "data.num_workers=0",
         f"checkpoint.interval_steps={interval_steps}", "log.ledger=true",
     ]  # fmt: skip
     launcher = [sys.executable, "-m", "launcher", "local", "-n", str(_RANKS), "--restarts", "1000"]
@@ -71,7 +75,7 @@ def _rank_pids(run: Path) -> Iterator[tuple[int, int]]:
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:
-    return read_metrics(run, "train") if (run / "metrics.jsonl").is_file() else []
+    return read_metrics(run, "train") if (run / METRICS_NAME).is_file() else []
 
 
 def _last_line(run: Path) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.figure import print_figure
-from benchmarks.learning import Study, draw, run, write_documents
+from benchmarks.learning import Study, add_study_options, run, write_documents
 
 _VOCAB_SIZE = 8000
 _COLUMNS = {"mrpc": (3, 4, 0), "sts-b": (7, 8, 9)}
@@ -102,11 +102,7 @@ def main() -> None:
     )
     parser.add_argument("--mrpc", type=Path, help="directory of MRPC's two files")
     parser.add_argument("--sts-b", type=Path, help="directory of STS-B in GLUE's form")
-    parser.add_argument("--text", type=Path, nargs="*", default=[], help="running text")
-    parser.add_argument("--output", type=Path, default=Path("runs/english"))
-    parser.add_argument("--steps", type=int, default=4000, help="pretraining steps")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=2)
+    add_study_options(parser, "runs/english", steps=4000)
     options = parser.parse_args()
     if options.mrpc is None or options.sts_b is None:
         sys.stderr.write("finetune_english: left out; it needs --mrpc and --sts-b, see --help\n")
@@ -120,14 +116,8 @@ def main() -> None:
         "sts-b": {"share of common words": overlap_pearson(tests["sts-b"])},
     }
     for task, metric in (("mrpc", "F1"), ("sts-b", "Pearson")):
-        curve = {step: study.finetune(task, step, model, _FINETUNE) for step, model in models.items()}
-        draw(curve, baselines[task], f"test {metric}", study.output / f"{task}-curve.svg")
-        best, _ = curve[max(curve)]
-        print_figure(
-            f"{task}_{metric.lower()}", [best], metric,
-            curve={step: [round(value, 4) for value in curve[step]] for step in curve}, seeds=options.seeds,
-            baselines={name: round(value, 4) for name, value in baselines[task].items()},
-        )  # fmt: skip
+        best, conditions = study.compare(task, metric, models, _FINETUNE, baselines[task])
+        print_figure(f"{task}_{metric.lower()}", [best], metric, **conditions)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ r"""What a pretraining of an hour on a CPU is worth: accuracy on LCQMC's form of
 5. Logistic regressions on the overlap of characters, alone and with the lengths of both texts, are the baselines.
 
 Stages that are done are not repeated, and one that was stopped goes on, so the command can be given again. Prints
-one JSON line and draws OUTPUT/curve.svg.
+one JSON line and draws OUTPUT/lcqmc-curve.svg.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.figure import print_figure
-from benchmarks.learning import Study, draw, write_documents
+from benchmarks.learning import Study, add_study_options, write_documents
 
 _VOCAB_SIZE = 21128
 _FINETUNE = ("--epochs", "3", "--batch-size", "32", "--learning-rates", "2e-4", "--reinit-pooler")
@@ -79,12 +79,8 @@ def main() -> None:
     )
     parser.add_argument("--lcqmc", type=Path, help="labelled pairs: text TAB text TAB label")
     parser.add_argument("--pairs", type=Path, nargs="*", default=[], help="more pairs; labels are not read")
-    parser.add_argument("--text", type=Path, nargs="*", default=[], help="running text")
     parser.add_argument("--vocab", type=Path, help="BERT's Chinese vocab.txt")
-    parser.add_argument("--output", type=Path, default=Path("runs/learning"))
-    parser.add_argument("--steps", type=int, default=3000, help="pretraining steps")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=2)
+    add_study_options(parser, "runs/learning", steps=3000)
     options = parser.parse_args()
     if options.lcqmc is None or options.vocab is None:
         sys.stderr.write("finetune_learning: left out; it needs --lcqmc and --vocab, see --help\n")
@@ -97,18 +93,13 @@ def main() -> None:
     inputs = (text / "train.txt", text / "pairs.txt", *options.text)
     study.build_shards(inputs, {"text/train.txt": 6, "text/pairs.txt": 3}, options.vocab)
     models = study.pretrain()
-    curve = {step: study.finetune("lcqmc", step, model, _FINETUNE) for step, model in models.items()}
     baselines = {
         "overlap of characters": baseline(lcqmc, False),
         "overlap and lengths": baseline(lcqmc, True),
     }
-    draw(curve, baselines, "test accuracy", study.output / "curve.svg")
-    best, _ = curve[max(curve)]
-    print_figure(
-        "lcqmc_accuracy_over_character_overlap", [100 * (best - baselines["overlap of characters"])], "points",
-        curve={step: [round(value, 4) for value in curve[step]] for step in curve}, seeds=options.seeds,
-        baselines={name: round(value, 4) for name, value in baselines.items()},
-    )  # fmt: skip
+    best, conditions = study.compare("lcqmc", "accuracy", models, _FINETUNE, baselines)
+    points = 100 * (best - baselines["overlap of characters"])
+    print_figure("lcqmc_accuracy_over_character_overlap", [points], "points", **conditions)
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ def measure_in_turns(
     return seconds
 
 
-def _median_ratio(ours: list[float], others: list[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(ours, others, strict=True)), 4)
+def _median_ratio(dividends: list[float], divisors: list[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(dividends, divisors, strict=True)), 4)
 
 
 def _synchronise(device: torch.device) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -90,6 +92,37 @@ class Study:
         (row,) = json.loads((output / "sweep.json").read_bytes())["by_learning_rate"]
         return row["test"]["mean"], row["test"]["deviation"]
 
+    def compare(
+        self,
+        task: str,
+        metric: str,
+        models: Mapping[int, Path],
+        options: Sequence[str],
+        baselines: Mapping[str, float],
+    ) -> tuple[float, dict[str, Any]]:
+        """Fine-tune all checkpoints on a task and draw OUTPUT/TASK-curve.svg.
+
+        Returns:
+            The mean of the last checkpoint, and what a figure says of the others.
+        """
+        curve = {step: self.finetune(task, step, model, options) for step, model in models.items()}
+        _draw(curve, baselines, f"test {metric}", self.output / f"{task}-curve.svg")
+        conditions = {
+            "curve": {step: [round(value, 4) for value in values] for step, values in curve.items()},
+            "seeds": self.seeds,
+            "baselines": {name: round(value, 4) for name, value in baselines.items()},
+        }
+        return curve[max(curve)][0], conditions
+
+
+def add_study_options(parser: argparse.ArgumentParser, output: str, steps: int) -> None:
+    """Options that both languages have, with their defaults."""
+    parser.add_argument("--text", type=Path, nargs="*", default=[], help="running text")
+    parser.add_argument("--output", type=Path, default=Path(output))
+    parser.add_argument("--steps", type=int, default=steps, help="pretraining steps")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=2)
+
 
 def write_documents(pairs: Sequence[tuple[str, str]], target: Path) -> None:
     """Every pair as a document of two sentences."""
@@ -97,7 +130,7 @@ def write_documents(pairs: Sequence[tuple[str, str]], target: Path) -> None:
     target.write_text("\n\n".join("\n".join(pair) for pair in pairs) + "\n", encoding="utf-8")
 
 
-def draw(
+def _draw(
     curve: Mapping[int, tuple[float, float]], baselines: Mapping[str, float], metric: str, path: Path
 ) -> None:
     """The metric against pretraining steps, as SVG."""

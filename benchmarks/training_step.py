@@ -12,15 +12,12 @@ model's products are oneDNN's there (albert/linear.py).
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,6 +30,7 @@ from albert.convert.huggingface_export import hugging_face_config
 from albert.flops import step_flops
 from albert.heads import AlbertForPreTraining
 from albert.model_config import MODEL_PRESETS, ModelConfig
+from benchmarks.figure import print_figure
 
 
 @dataclass(frozen=True)
@@ -161,8 +159,8 @@ def timed(step: Callable[[], Tensor]) -> float:
     return time.process_time() - start
 
 
-def measure(name: str, case: Case, rounds: int) -> dict[str, object]:
-    """Run a case; see the module text."""
+def measure(name: str, case: Case, rounds: int) -> None:
+    """Run a case and print its figure; see the module text."""
     config = case.config.model_copy(update={"classifier_dropout_prob": 0.0})
     model = AlbertForPreTraining(config).train()
     batch = make_batch(case)
@@ -185,36 +183,15 @@ def measure(name: str, case: Case, rounds: int) -> dict[str, object]:
     def utilisation(key: str) -> float:
         return statistics.median(flops / s / r for s, r in zip(seconds[key], rate, strict=True))
 
-    return {
-        "benchmark": "training_step",
-        "case": name,
-        "padding": round(case.padding, 3),
-        "loss_ours": losses["ours"],
-        "loss_hugging_face": losses["hugging_face"],
-        "loss_relative_difference": abs(losses["ours"] / losses["hugging_face"] - 1),
-        "speed_over_hugging_face": round(statistics.median(ratios), 3),
-        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
-        "utilisation_ours": round(utilisation("ours"), 3),
-        "utilisation_hugging_face": round(utilisation("hugging_face"), 3),
-        "cpu_seconds_ours": round(statistics.median(seconds["ours"]), 4),
-        "matmul_gflops": round(statistics.median(rate) / 1e9, 1),
-        "rounds": rounds,
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "machine": platform.processor() or platform.machine(),
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str:
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    return result.stdout.strip()
+    print_figure(
+        "training_step_over_hugging_face", ratios, "ratio", case=name, padding=round(case.padding, 3),
+        loss_ours=losses["ours"], loss_hugging_face=losses["hugging_face"],
+        loss_relative_difference=abs(losses["ours"] / losses["hugging_face"] - 1),
+        utilisation_ours=round(utilisation("ours"), 3),
+        utilisation_hugging_face=round(utilisation("hugging_face"), 3),
+        cpu_seconds_ours=round(statistics.median(seconds["ours"]), 4),
+        matmul_gflops=round(statistics.median(rate) / 1e9, 1), transformers=transformers.__version__,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -233,7 +210,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     (name,) = options.cases
-    print(json.dumps(measure(name, CASES[name], options.rounds)), flush=True)
+    measure(name, CASES[name], options.rounds)
 
 
 if __name__ == "__main__":

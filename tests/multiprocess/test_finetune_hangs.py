@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -17,13 +15,19 @@ import albert.finetune.run
 from albert.errors import end_rank, run_command
 from albert.finetune import cli
 from albert.finetune.text_data import TextData
-from tests import runs
+from tests.hangs import (
+    FAULTY_STEP,
+    HANG_TIMEOUT_S,
+    assert_a_stopped_rank_is_named,
+    assert_rank_1_is_named_with_its_phase,
+    exit_code,
+    wait_for_ever,
+)
 from tests.ranks import Ranks
 from tests.tiny_task import write_model, write_task
 
 pytestmark = pytest.mark.multiprocess
-_HANG_TIMEOUT_S = 2.0
-_FAULTY_STEP = 12
+_SETTING = "--hang-timeout-s"
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +36,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_task(directory / "data", num_train=100, num_dev=20), write_model(directory / "model")
 
 
-def _wait_for_ever() -> None:
-    time.sleep(1000)
-
-
 def _at_the_faulty_step(function: Callable) -> Callable:
     """Rank 1 gets no further in the call that belongs to that step."""
     calls = []
 
     def changed(*arguments):
         calls.append(1)
-        if len(calls) == _FAULTY_STEP + 1 and os.environ["RANK"] == "1":
-            _wait_for_ever()
+        if len(calls) == FAULTY_STEP + 1 and os.environ["RANK"] == "1":
+            wait_for_ever()
         return function(*arguments)
 
     return changed
@@ -81,7 +81,7 @@ def slow_predictions() -> None:
     original = albert.finetune.run.write_predictions
 
     def write_predictions(*arguments):
-        time.sleep(3 * _HANG_TIMEOUT_S)
+        time.sleep(3 * HANG_TIMEOUT_S)
         return original(*arguments)
 
     albert.finetune.run.write_predictions = write_predictions
@@ -98,57 +98,24 @@ def _start(inputs, output: Path, fault: Callable[[], None], *options: str) -> Ra
     arguments = [
         "--task=lcqmc", f"--data-dir={data}", f"--model={model}", f"--output={output}", "--do-train", "--do-eval",
         "--max-steps=100000", "--batch-size=20", "--progress=off", "--log-interval-steps=1", "--no-tensorboard",
-        "--eval-interval-steps=50000", f"--hang-timeout-s={_HANG_TIMEOUT_S}",
+        "--eval-interval-steps=50000", f"--hang-timeout-s={HANG_TIMEOUT_S}",
     ]  # fmt: skip
     return Ranks(2, _faulty_finetune, fault, [*arguments, *options])
-
-
-def _exit_code(ranks: Ranks, rank: int) -> int | None:
-    ranks.processes[rank].join(60)
-    return ranks.processes[rank].exitcode
-
-
-def _assert_in_time(message: str, elapsed_s: float) -> None:
-    """Within what was allowed and the time that it takes to look twice, print and leave."""
-    allowed = [float(found) for found in re.findall(r"([\d.]+) s are allowed \(--hang-timeout-s\)", message)]
-    assert min(allowed) >= _HANG_TIMEOUT_S
-    assert elapsed_s < max(allowed) + 4
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_rank_is_named(inputs, tmp_path, capfd, stopped):
     ranks = _start(inputs, tmp_path, no_fault)
-    runs.wait_until(lambda: runs.last_step(tmp_path) > _FAULTY_STEP, "some steps")
-    os.kill(ranks.processes[stopped].pid, signal.SIGSTOP)
-    stopped_at = time.monotonic()
-    assert _exit_code(ranks, 1 - stopped) == 76
-    elapsed_s = time.monotonic() - stopped_at
-    ranks.kill()
-    message = capfd.readouterr().err
-    # Rank 0 keeps the store by which ranks are asked.
-    reasons = [
-        "rank 0 cannot be asked",
-        r"rank 1 on \S+ is silent since \w+ of step \d+: stopped, or its host is lost",
-    ]
-    assert re.search(reasons[stopped], message)
-    assert "most recent call first" in message  # the stacks of the other rank
-    _assert_in_time(message, elapsed_s)
+    assert_a_stopped_rank_is_named(ranks, tmp_path, stopped, _SETTING, lambda: capfd.readouterr().err)
 
 
 @pytest.mark.parametrize(("fault", "phase"), [(stuck_data, "data"), (missing_collective, "count")])
 def test_a_rank_that_does_not_get_on_is_named_with_its_phase(inputs, tmp_path, capfd, fault, phase):
     ranks = _start(inputs, tmp_path, fault)
-    runs.wait_until(lambda: runs.last_step(tmp_path) == _FAULTY_STEP, "the faulty step")
-    began_at = time.monotonic()
-    assert [_exit_code(ranks, rank) for rank in (0, 1)] == [76, 76]
-    elapsed_s = time.monotonic() - began_at
-    message = capfd.readouterr().err
-    assert f"[rank 1] error: {phase} of step {_FAULTY_STEP} has taken" in message
-    assert "in _wait_for_ever" in message  # its stack says why
-    _assert_in_time(message, elapsed_s)
+    assert_rank_1_is_named_with_its_phase(ranks, tmp_path, phase, _SETTING, lambda: capfd.readouterr().err)
 
 
 def test_ranks_wait_for_one_that_writes_slowly(inputs, tmp_path):
     ranks = _start(inputs, tmp_path, slow_predictions, "--max-steps=12")
-    assert [_exit_code(ranks, rank) for rank in (0, 1)] == [0, 0]
+    assert [exit_code(ranks, rank) for rank in (0, 1)] == [0, 0]
     assert (tmp_path / "predictions-dev.jsonl").is_file()

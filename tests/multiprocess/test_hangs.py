@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from collections.abc import Callable
@@ -17,20 +16,23 @@ from albert.distributed import peer_errors
 from albert.errors import PeerLostError, end_rank
 from albert.loader import TrainLoader
 from tests import runs
+from tests.hangs import (
+    FAULTY_STEP,
+    HANG_TIMEOUT_S,
+    assert_a_stopped_rank_is_named,
+    assert_rank_1_is_named_with_its_phase,
+    exit_code,
+    wait_for_ever,
+)
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.multiprocess
-HANG_TIMEOUT_S = 2.0
-FAULTY_STEP = 12
+SETTING = "train.hang_timeout_s"
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.make_workspace(tmp_path_factory.mktemp("hangs"))
-
-
-def _wait_for_ever() -> None:
-    time.sleep(1000)
 
 
 def stuck_loader() -> None:
@@ -40,7 +42,7 @@ def stuck_loader() -> None:
     def steps(*arguments):
         for index, step in enumerate(original(*arguments)):
             if index == FAULTY_STEP and os.environ["RANK"] == "1":
-                _wait_for_ever()
+                wait_for_ever()
             yield step
 
     TrainLoader.steps = steps
@@ -53,7 +55,7 @@ def missing_collective() -> None:
     def count_batch(*arguments, **options):
         calls.append(1)
         if len(calls) == FAULTY_STEP + 1 and os.environ["RANK"] == "1":
-            _wait_for_ever()
+            wait_for_ever()
         return original(*arguments, **options)
 
     albert.trainer.count_batch = count_batch
@@ -83,53 +85,18 @@ def start(workspace: Path, name: str, fault: Callable[[], None], *more: str) -> 
     return Ranks(2, _faulty_pretrain, fault, str(workspace / "config.yaml"), overrides)
 
 
-def exit_code(ranks: Ranks, rank: int, timeout_s: float = 60) -> int | None:
-    ranks.processes[rank].join(timeout_s)
-    return ranks.processes[rank].exitcode
-
-
-def allowed_s(message: str) -> float:
-    return max(float(found) for found in re.findall(r"([\d.]+) s are allowed", message))
-
-
-def assert_in_time(message: str, elapsed_s: float) -> None:
-    """Within what was allowed and the time that it takes to look twice, print and leave."""
-    assert allowed_s(message) >= HANG_TIMEOUT_S
-    assert elapsed_s < allowed_s(message) + 4
-
-
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_rank_is_named(workspace, capfd, stopped):
-    name, other = f"stopped-{stopped}", 1 - stopped
-    ranks = start(workspace, name, lambda: None)
-    runs.wait_until(lambda: runs.last_step(workspace / name) > FAULTY_STEP, "some steps")
-    os.kill(ranks.processes[stopped].pid, signal.SIGSTOP)
-    stopped_at = time.monotonic()
-    assert exit_code(ranks, other) == 76
-    elapsed_s = time.monotonic() - stopped_at
-    ranks.kill()
-    message = capfd.readouterr().err
-    # Rank 0 keeps the store by which ranks are asked.
-    reasons = [
-        "rank 0 cannot be asked",
-        r"rank 1 on \S+ is silent since \w+ of step \d+: stopped, or its host is lost",
-    ]
-    assert re.search(reasons[stopped], message)
-    assert "most recent call first" in message  # the stacks of the other rank
-    assert_in_time(message, elapsed_s)
+    ranks = start(workspace, f"stopped-{stopped}", lambda: None)
+    run = workspace / f"stopped-{stopped}"
+    assert_a_stopped_rank_is_named(ranks, run, stopped, SETTING, lambda: capfd.readouterr().err)
 
 
 @pytest.mark.parametrize(("fault", "phase"), [(stuck_loader, "data"), (missing_collective, "count")])
 def test_a_rank_that_does_not_get_on_is_named_with_its_phase(workspace, capfd, fault, phase):
     ranks = start(workspace, fault.__name__, fault)
-    runs.wait_until(lambda: runs.last_step(workspace / fault.__name__) == FAULTY_STEP, "the faulty step")
-    began_at = time.monotonic()
-    assert [exit_code(ranks, rank) for rank in (0, 1)] == [76, 76]
-    elapsed_s = time.monotonic() - began_at
-    message = capfd.readouterr().err
-    assert f"[rank 1] error: {phase} of step {FAULTY_STEP} has taken" in message
-    assert "in _wait_for_ever" in message  # its stack says why
-    assert_in_time(message, elapsed_s)
+    run = workspace / fault.__name__
+    assert_rank_1_is_named_with_its_phase(ranks, run, phase, SETTING, lambda: capfd.readouterr().err)
 
 
 def test_ranks_wait_for_one_that_writes_the_model_slowly(workspace):
