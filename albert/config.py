@@ -27,6 +27,7 @@ def _yaml_switch(value: Any) -> Any:
 
 
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_yaml_switch)]
+Fp8Switch = Annotated[Literal["off", "on", "emulated"], BeforeValidator(_yaml_switch)]
 
 
 class _Section(BaseModel):
@@ -80,6 +81,9 @@ class TrainConfig(_Section):
     micro_batch_size: int = Field(ge=1)
     """Examples per forward pass of one rank; accumulation is derived."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    fp8: Fp8Switch = "off"
+    """Matrix products of the layers in float8 (needs bf16, torchao and a GPU that has it). emulated rounds alike and
+    computes in fp32 on any device: slow, to try it out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
     activation_checkpointing: bool = False
@@ -243,6 +247,10 @@ class RunConfig(_Section):
         return self
 
 
+_FP8_ALIGNMENT = 16
+"""Of the rows and columns that the float8 kernels take."""
+
+
 def _cross_problems(config: RunConfig) -> list[str]:
     """Every contradiction between keys; each names both keys and values."""
     train, schedule, problems = config.train, config.schedule, []
@@ -272,6 +280,21 @@ def _cross_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"probe.interval_steps ({config.probe.interval_steps}) needs probe.task and probe.data; 0: no probes"
         )
+    return problems + _fp8_problems(config)
+
+
+def _fp8_problems(config: RunConfig) -> list[str]:
+    train, model, problems = config.train, config.model, []
+    if train.fp8 == "off":
+        return []
+    if train.precision != "bf16":
+        problems.append(f"train.fp8 ({train.fp8}) needs train.precision bf16, not {train.precision}")
+    sizes = {"hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size}
+    problems += [
+        f"train.fp8 ({train.fp8}) needs a multiple of {_FP8_ALIGNMENT} as model.{name}, not {size}; use train.fp8=off"
+        for name, size in sizes.items()
+        if size % _FP8_ALIGNMENT
+    ]
     return problems
 
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from albert.batches import PackedBatch, PretrainBatch
 from albert.blocks import NO_SENTENCE_ORDER
+from albert.linear import Linear, Product
 from albert.model_config import ModelConfig
-from albert.modeling import ACTIVATIONS, AlbertModel, initialize_weights
+from albert.modeling import ACTIVATIONS, AlbertAttention, AlbertModel, initialize_weights
 
 Problem = Literal["single_label", "multi_label", "regression"]
 """What a sequence classifier predicts."""
@@ -61,6 +62,13 @@ class AlbertHead(nn.Module):
         """
         for block in (*self.albert.encoder.attention, *self.albert.encoder.feed_forward):
             block.compile(**options)
+
+    def use_product(self, product: Product) -> None:
+        """Compute the matrix products of the blocks with another function than `albert.linear.linear`."""
+        for block in (*self.albert.encoder.attention, *self.albert.encoder.feed_forward):
+            for module in block.modules():
+                if isinstance(module, AlbertAttention | Linear):
+                    module.product = product
 
 
 class MaskedLanguageHead(nn.Module):

@@ -6,6 +6,7 @@ and agree to rounding. All else, also inference and export, goes the usual way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,15 +14,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A function like `linear`."""
+
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by `linear`."""
+    """`torch.nn.Linear` by `product`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.product: Product = linear
 
     def forward(self, rows: Tensor) -> Tensor:
         """[rows, in_features] to [rows, out_features]."""
-        return linear(rows, self.weight, self.bias)
+        return self.product(rows, self.weight, self.bias)
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

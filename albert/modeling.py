@@ -27,7 +27,7 @@ from albert.attention import (
     packed_layout,
 )
 from albert.batches import PackedBatch
-from albert.linear import Linear, linear
+from albert.linear import Linear, Product, linear
 from albert.model_config import ModelConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -87,6 +87,8 @@ class AlbertAttention(nn.Module):
         self.dense = Linear(hidden, hidden)
         self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.product: Product = linear
+        """Computes the joined projection."""
 
     def joined_projection(self) -> tuple[Tensor, Tensor]:
         """Weight [3 * hidden, hidden] and bias [3 * hidden] of query, key and value."""
@@ -108,7 +110,7 @@ class AlbertAttention(nn.Module):
         source = self.LayerNorm(hidden) if self.is_preln else hidden
         dropout = self.attention_dropout if self.training else 0.0
         if kept is None:
-            context = attend(self._heads(linear(source, weight, bias), 3), layout, dropout)
+            context = attend(self._heads(self.product(source, weight, bias), 3), layout, dropout)
         else:
             context = self._attend_kept(source, weight, bias, cast(PackedLayout, layout), kept, dropout)
             hidden = hidden.index_select(0, kept.indices)
@@ -127,8 +129,8 @@ class AlbertAttention(nn.Module):
         """Keys and values of all tokens, queries of the kept ones: [tokens, hidden] to [kept, hidden]."""
         sizes = (len(weight) // 3, len(weight) * 2 // 3)
         (query_weight, other_weight), (query_bias, other_bias) = weight.split(sizes), bias.split(sizes)
-        query = linear(source.index_select(0, kept.indices), query_weight, query_bias)
-        key_value = self._heads(linear(source, other_weight, other_bias), 2)
+        query = self.product(source.index_select(0, kept.indices), query_weight, query_bias)
+        key_value = self._heads(self.product(source, other_weight, other_bias), 2)
         return attend_kept(self._heads(query, 1)[:, 0], key_value, layout, kept, dropout)
 
     def _heads(self, projected: Tensor, parts: int) -> Tensor:

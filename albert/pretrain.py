@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,13 +203,18 @@ def _build_evaluator(config: RunConfig, manifest: Manifest, world: World) -> Eva
 
 
 def _build_engine(config: RunConfig, placement: Placement, world: World) -> Engine:
+    from albert import fp8
     from albert.engine import Engine
     from albert.heads import AlbertForPreTraining
 
     model = AlbertForPreTraining(config.model, seed=config.seed)
     model.activation_checkpointing = config.train.activation_checkpointing
+    compile_options: Mapping[str, Any] = {}
+    if config.train.fp8 != "off":
+        model.use_product(fp8.fp8_product(config.train.fp8, world.device))
+        compile_options = fp8.COMPILE_OPTIONS
     if _compiles(config, world):
-        model.compile_layers()
+        model.compile_layers(**compile_options)
     return Engine(model, config.optimizer, placement, world)
 
 

@@ -10,6 +10,7 @@ from model_samples import pretrain_batch, tiny, worst_error
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
+from albert.fp8 import fp8_product
 from albert.heads import AlbertForPreTraining
 
 
@@ -91,3 +92,22 @@ def test_new_batch_shapes_are_compiled_a_few_times_and_then_never(on_cuda_path):
     )  # attention and feed-forward block, for all tokens and for those of the last layer
     assert compiled[-1] <= 10
     assert compiled[-1] == compiled[3]  # nothing new once lengths over 128 were seen
+
+
+def test_float8_is_compiled_no_oftener_and_gives_the_same(on_cuda_path):
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    model = AlbertForPreTraining(tiny(**sizes, max_position_embeddings=512)).bfloat16()
+    model.use_product(fp8_product("emulated", torch.device("cpu")))
+    on_cuda_path(True)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    batches = [pretrain_batch(60, lengths) for lengths in ((20, 30), (10, 12, 9), (50,), (7, 8, 140), (5, 5))]
+    expected = [gradients(model, batch) for batch in batches]
+    model.compile_layers(backend=counter, fullgraph=True)
+    compiled = []
+    for batch, reference in zip(batches, expected, strict=True):
+        actual = gradients(model, batch)
+        assert all(torch.equal(actual[name], gradient) for name, gradient in reference.items())
+        compiled.append(counter.frame_count)
+    assert compiled[0] == 4
+    assert compiled[-1] == compiled[2] <= 10
