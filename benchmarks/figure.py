@@ -1,13 +1,14 @@
-"""One figure as one JSON line: value, spread, conditions."""
+"""One figure as one JSON line: value, spread, conditions; and curves as SVG."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,23 @@ def print_figure(name: str, values: Sequence[float], unit: str, **conditions: An
         },
     }
     print(json.dumps(line), flush=True)
+
+
+@contextlib.contextmanager
+def svg_axes(path: Path, xlabel: str, ylabel: str) -> Iterator[Any]:
+    """Axes of matplotlib to draw on, which become an SVG file with a legend; equal drawings give equal bytes."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams.update({"svg.hashsalt": "curve", "svg.fonttype": "none"})
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    yield axes
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def _commit() -> str:

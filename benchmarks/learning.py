@@ -17,6 +17,7 @@ from albert.checkpoint import list_steps, step_directory
 from albert.config import load_run_config
 from albert.heads import AlbertForPreTraining
 from albert.pretrained import save_pretrained
+from benchmarks.figure import svg_axes
 
 _BUILD = ("--eval-fraction", "0.005", "--max-ngram", "1")
 """Masks of single characters or words are the easier beginning for so short a pretraining."""
@@ -134,21 +135,12 @@ def _draw(
     curve: Mapping[int, tuple[float, float]], baselines: Mapping[str, float], metric: str, path: Path
 ) -> None:
     """The metric against pretraining steps, as SVG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    mpl.rcParams.update({"svg.hashsalt": "curve", "svg.fonttype": "none"})
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    steps = sorted(curve)
-    means, deviations = zip(*(curve[step] for step in steps), strict=True)
-    axes.errorbar(steps, means, yerr=deviations, marker="o", capsize=3, label="fine-tuned")
-    for (name, value), style in zip(baselines.items(), (":", "--"), strict=False):
-        axes.axhline(value, linestyle=style, color="grey", label=name)
-    axes.set(xlabel="pretraining steps", ylabel=metric)
-    axes.legend(loc="lower right", fontsize="small")
-    figure.savefig(path, metadata={"Date": None})
+    with svg_axes(path, "pretraining steps", metric) as axes:
+        steps = sorted(curve)
+        means, deviations = zip(*(curve[step] for step in steps), strict=True)
+        axes.errorbar(steps, means, yerr=deviations, marker="o", capsize=3, label="fine-tuned")
+        for (name, value), style in zip(baselines.items(), (":", "--"), strict=False):
+            axes.axhline(value, linestyle=style, color="grey", label=name)
 
 
 def run(*arguments: str) -> None:
