@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from albert.batches import PackedBatch, PretrainBatch
 from albert.blocks import NO_SENTENCE_ORDER
+from albert.cross_entropy import linear_cross_entropy
 from albert.linear import Linear, Product
 from albert.model_config import ModelConfig
 from albert.modeling import ACTIVATIONS, AlbertAttention, AlbertModel, initialize_weights
@@ -81,7 +82,7 @@ class MaskedLanguageHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.embedding_size if config.layout == "google" else config.hidden_size
-        self.dense = nn.Linear(config.hidden_size, width)
+        self.dense = Linear(config.hidden_size, width)
         self.activation = ACTIVATIONS[config.hidden_act]
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -103,20 +104,27 @@ class AlbertForPreTraining(AlbertHead):
     def forward(self, batch: PretrainBatch, with_accuracy: bool = False) -> PretrainOutput:
         """Summed losses of a batch, and counts of right predictions where asked for."""
         hidden, pooled = self.albert(batch.sequences, needed=batch.masked_lm_indices)
-        mlm_logits = _for_loss(self.mlm_logits(hidden))
-        sop_logits = _for_loss(self.sop_classifier(pooled))
-        mlm_labels, sop_labels = batch.masked_lm_labels, batch.sentence_order_labels
+        embeddings = self.albert.embeddings
+        mlm_loss_sum, mlm_correct = linear_cross_entropy(
+            embeddings.to_embedding_size(self.predictions(hidden)),
+            embeddings.word_embeddings.weight,
+            self.predictions.bias,
+            batch.masked_lm_labels,
+            with_accuracy,
+        )
+        sop_logits, sop_labels = _for_loss(self.sop_classifier(pooled)), batch.sentence_order_labels
         return PretrainOutput(
-            F.cross_entropy(mlm_logits, mlm_labels, reduction="sum"),
+            mlm_loss_sum,
             F.cross_entropy(sop_logits, sop_labels, reduction="sum", ignore_index=NO_SENTENCE_ORDER),
-            _count_correct(mlm_logits, mlm_labels) if with_accuracy else None,
+            mlm_correct,
             _count_correct(sop_logits, sop_labels) if with_accuracy else None,
         )
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden states: [preds, hidden] to [preds, vocab]."""
-        transformed = self.predictions(hidden)
-        return self.albert.embeddings.word_logits(transformed, self.predictions.bias)
+        embeddings = self.albert.embeddings
+        decoded = embeddings.to_embedding_size(self.predictions(hidden))
+        return F.linear(decoded, embeddings.word_embeddings.weight, self.predictions.bias)
 
     def forward_padded(
         self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor

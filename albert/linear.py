@@ -43,27 +43,46 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         [rows, out_features]
     """
-    if _suits_onednn(rows, weight):
+    if torch.is_grad_enabled() and _suits_onednn(rows, weight):
         return cast(Tensor, _OneDnnLinear.apply(rows, weight, bias))
     return F.linear(rows, weight, bias)
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`rows @ weight.T + bias` for use inside an autograd function, which records nothing.
+
+    Args:
+        rows: [rows, in_features]
+        weight: [out_features, in_features]
+        bias: [out_features]
+
+    Returns:
+        [rows, out_features]
+    """
+    if _suits_onednn(rows, weight):
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], ""))
+    return F.linear(rows, weight, bias)
+
+
+def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left.T @ right`: [rows, a], [rows, b] to [a, b]. Of a transposed first factor oneDNN makes a copy."""
+    if left.shape[1] <= right.shape[1]:
+        return product(left.t(), right.t())
+    return product(right.t(), left.t()).t()
 
 
 def _suits_onednn(rows: Tensor, weight: Tensor) -> bool:
     if not _HAS_ONEDNN or rows.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     is_fp32 = rows.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return is_fp32 and torch.is_grad_enabled() and rows.dim() == 2 and len(rows) > 0
-
-
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], ""))
+    return is_fp32 and rows.dim() == 2 and rows.numel() > 0
 
 
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return _product(rows, weight, bias)
+        return product(rows, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -71,7 +90,7 @@ class _OneDnnLinear(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         of_rows, of_weight, of_bias = ctx.needs_input_grad
         return (
-            _product(gradient, weight.t()) if of_rows else None,
-            _product(gradient.t(), rows.t()) if of_weight else None,
+            product(gradient, weight.t()) if of_rows else None,
+            _transposed_product(gradient, rows) if of_weight else None,
             gradient.sum(0) if of_bias else None,
         )

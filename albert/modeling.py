@@ -65,11 +65,9 @@ class AlbertEmbeddings(nn.Module):
         types, positions = self.token_type_embeddings(token_type_ids), self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(words + types + positions))
 
-    def word_logits(self, hidden: Tensor, bias: Tensor) -> Tensor:
-        """Decode with the tied word embeddings: [preds, embed or hidden] to [preds, vocab]."""
-        if self.word_embeddings_2 is not None:
-            hidden = hidden @ self.word_embeddings_2.weight
-        return F.linear(hidden, self.word_embeddings.weight, bias)
+    def to_embedding_size(self, hidden: Tensor) -> Tensor:
+        """What the tied word embeddings decode: [preds, embed or hidden] to [preds, embed]."""
+        return hidden if self.word_embeddings_2 is None else hidden @ self.word_embeddings_2.weight
 
 
 class AlbertAttention(nn.Module):
@@ -185,7 +183,7 @@ class AlbertEncoder(nn.Module):
         self.attention_of_use, self.feed_forward_of_use = block_of_use(config)
         self.embedding_hidden_mapping_in: nn.Linear | None = None
         if config.layout == "google":
-            self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
+            self.embedding_hidden_mapping_in = Linear(config.embedding_size, config.hidden_size)
         self.attention = nn.ModuleList(AlbertAttention(config) for _ in range(max(self.attention_of_use) + 1))
         self.feed_forward = nn.ModuleList(
             AlbertFeedForward(config) for _ in range(max(self.feed_forward_of_use) + 1)

@@ -6,12 +6,16 @@ Layers are shared, but their activations are not: those are what fills a device,
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 from albert.config import RunConfig
 from albert.model_config import ModelConfig
 
 _FP32 = 4
+LOGITS_AT_A_TIME = 2**24
+"""As in `albert/cross_entropy.py`, which imports torch."""
+_MOST_SEQUENCES = 2**20
 _STATISTICS = 2 * 2 * _FP32
 """Mean and inverse deviation of two LayerNorms, per token."""
 
@@ -57,7 +61,7 @@ class Memory:
     activations: int
     """What the layers keep for the backward pass."""
     vocabulary: int
-    """Logits of the masked positions and their gradient."""
+    """Logits of a piece of the predicted positions, and the gradient that they give the word embeddings."""
     runtime: int = 0
     """What libraries take beside tensors."""
 
@@ -91,7 +95,7 @@ def peak_memory(config: RunConfig, stage: int, num_ranks: int, *, seq_length: in
         gradients=_gradient_bytes(parameters, size, stage, share),
         optimizer=(3 if stage or size == 2 else 2) * _FP32 * parameters // share[1],
         activations=round(sequences * seq_length * activation_bytes_per_token(config, seq_length, preds)),
-        vocabulary=sequences * preds * vocabulary_bytes_per_pred(config.model, size),
+        vocabulary=vocabulary_bytes(config.model, sequences * preds, size),
     )
 
 
@@ -139,19 +143,24 @@ def layer_bytes_per_token(config: RunConfig, seq_length: int) -> int:
     return values * size + attention + masks + _STATISTICS
 
 
-def vocabulary_bytes_per_pred(model: ModelConfig, size: int) -> int:
-    """Logits of one predicted position.
+def vocabulary_bytes(model: ModelConfig, preds: int, size: int) -> int:
+    """What `albert.cross_entropy` holds for so many predicted positions.
 
-    Forward: logits in 16 bits, in fp32, and the logarithm of their softmax; backward: that, and two gradients.
+    A piece of logits and the logarithms of their softmax in fp32, and the fp32 gradient of the word embeddings.
     """
-    logits = 0 if size == _FP32 else size
-    return model.vocab_size * max(logits + 2 * _FP32, 3 * _FP32)
+    logits = min(preds, max(1, LOGITS_AT_A_TIME // model.vocab_size)) * model.vocab_size
+    return logits * (size + _FP32) + _FP32 * model.vocab_size * (model.embedding_size + 1)
 
 
 def largest_micro_batch(
     config: RunConfig, stage: int, num_ranks: int, *, seq_length: int, preds: int, budget: int
 ) -> int:
     """Most sequences of a forward pass whose peak stays below `budget` bytes; 0 if not even one does."""
-    one = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": 1})})
-    memory = peak_memory(one, stage, num_ranks, seq_length=seq_length, preds=preds)
-    return max(0, (budget - memory.state) // (memory.activations + memory.vocabulary))
+
+    def fits(sequences: int) -> bool:
+        train = config.train.model_copy(update={"micro_batch_size": sequences})
+        asked = config.model_copy(update={"train": train})
+        return peak_memory(asked, stage, num_ranks, seq_length=seq_length, preds=preds).total <= budget
+
+    sizes = range(1, _MOST_SEQUENCES)
+    return bisect.bisect_left(sizes, True, key=lambda sequences: not fits(sequences))

@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 
+from albert import cross_entropy
 from albert.config import load_run_config
 from albert.errors import ConfigError
 from albert.heads import AlbertForPreTraining
 from albert.model_config import MODEL_PRESETS
-from launcher import cli
+from launcher import cli, plan_memory
 from launcher.devices import DEVICES, find_device
 from launcher.plan import PlanRequest, communication_bytes, make_plan
 from launcher.plan_memory import largest_micro_batch, num_parameters, peak_memory
@@ -55,6 +56,14 @@ def test_activations_are_16_hidden_values_per_token_and_layer_use():
     tokens = load_run_config("base").train.micro_batch_size * 512
     values = tokens * (12 * 16 - 13 * (1 - 78 / 512)) * 768 * 2
     assert values < memory.activations < 1.01 * values
+
+
+def test_the_plan_counts_the_logits_that_the_loss_holds_at_a_time():
+    assert plan_memory.LOGITS_AT_A_TIME == cross_entropy.LOGITS_AT_A_TIME
+    model = MODEL_PRESETS["base"]
+    gradient = 4 * 30000 * 129
+    assert plan_memory.vocabulary_bytes(model, 10, 2) == 10 * 30000 * (2 + 4) + gradient
+    assert plan_memory.vocabulary_bytes(model, 10**6, 2) == 559 * 30000 * (2 + 4) + gradient
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():

@@ -1,0 +1,97 @@
+"""Cross entropy over the whole vocabulary without the logits of the whole batch.
+
+Logits are made for a few predictions at a time, and their gradients at once, because the loss is all that they are
+for. What is kept for the backward pass has the size of the inputs, whatever the number of predictions. torch's own
+path keeps the logits and the logarithms of all probabilities in fp32, and needs as much again on the way back.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from albert.linear import product
+
+LOGITS_AT_A_TIME = 2**24
+"""67 MB in fp32, whatever the number of predictions."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, with_accuracy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of the cross entropies of `hidden @ weight.T + bias`, in fp32 (fp64 where the logits are).
+
+    Args:
+        hidden: [preds, width]
+        weight: [vocab, width]
+        bias: [vocab]
+        labels: [preds] int64, each below vocab.
+        with_accuracy: count right predictions too.
+
+    Returns:
+        The sum, 0-d, and how many predictions have their largest logit at the label, 0-d int64, or None.
+    """
+    with_gradient = torch.is_grad_enabled()
+    loss_sum, correct = _LinearCrossEntropy.apply(hidden, weight, bias, labels, with_gradient, with_accuracy)
+    return cast(Tensor, loss_sum), cast("Tensor | None", correct)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        labels: Tensor,
+        with_gradient: bool,
+        with_accuracy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        loss_sum = torch.zeros((), dtype=dtype, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device) if with_accuracy else None
+        gradients = _Gradients(hidden, weight, dtype) if with_gradient else None
+        size = max(1, LOGITS_AT_A_TIME // len(weight))
+        for rows, targets in zip(hidden.split(size), labels.split(size), strict=True):
+            log_probs = product(rows, weight, bias).log_softmax(1, dtype)
+            loss_sum -= log_probs.gather(1, targets[:, None]).sum()
+            if correct is not None:
+                correct += (log_probs.argmax(1) == targets).sum()
+            if gradients:
+                gradients.add(rows, targets, log_probs)
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients.of_hidden), gradients.of_weight, gradients.of_bias)
+        ctx.dtype = hidden.dtype
+        return loss_sum, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        # In place: nobody else has them, and autograd refuses a second pass over them.
+        scaled = [saved.mul_(gradient).to(ctx.dtype) for saved in ctx.saved_tensors]
+        return (*scaled, None, None, None)
+
+
+class _Gradients:
+    """Of the loss sum, summed over the pieces in the precision of the loss."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+        self.weight = weight
+        self.of_hidden: list[Tensor] = []
+        self.of_weight = torch.zeros_like(weight, dtype=dtype)
+        self.of_bias = hidden.new_zeros(len(weight), dtype=dtype)
+
+    def add(self, rows: Tensor, targets: Tensor, log_probs: Tensor) -> None:
+        """Add a piece: [rows, width], [rows] and [rows, vocab], the last of which is used up."""
+        of_logits = log_probs.exp_()
+        of_logits.scatter_add_(1, targets[:, None], of_logits.new_full((len(targets), 1), -1.0))
+        self.of_bias += of_logits.sum(0)
+        low = of_logits.to(rows.dtype)
+        self.of_hidden.append(product(low, self.weight.t()).to(of_logits.dtype))
+        if low is of_logits:
+            self.of_weight.addmm_(low.t(), rows)
+        else:
+            self.of_weight += low.t() @ rows
