@@ -12,7 +12,6 @@ autograd function is used by itself. It is not public: torchao is pinned and tes
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -21,13 +20,15 @@ from torch import Tensor
 from albert.errors import ConfigError
 from albert.linear import Product
 
-COMPILE_OPTIONS: Mapping[str, Any] = {"options": {"emulate_precision_casts": True}}
+COMPILE_OPTIONS: dict[str, Any] = {"options": {"emulate_precision_casts": True}}
 """For `torch.compile`. What backward computes again must round as forward did, or scales and values disagree
 (pytorch/pytorch#150859)."""
 _FIRST_CAPABILITY = (8, 9)
 
 
-def fp8_product(mode: Literal["on", "emulated"], device: torch.device) -> Product:
+def fp8_product(
+    mode: Literal["on", "emulated"], device: torch.device, *, is_compiled: bool = False
+) -> Product:
     """A function like `albert.linear.linear` that rounds its factors to float8.
 
     The sizes of features have to be multiples of 16, which `albert.config` checks; the number of tokens is free.
@@ -36,12 +37,18 @@ def fp8_product(mode: Literal["on", "emulated"], device: torch.device) -> Produc
         mode: `emulated` multiplies the rounded factors in fp32, on any device: slow, but the same up to the order of
             the sums.
         device: that the model is on.
+        is_compiled: whether the model's layers will be.
 
     Raises:
-        ConfigError: the device does not compute in float8, or torchao is missing.
+        ConfigError: the device does not compute in float8, torchao is missing, or the compiler errs.
     """
     if mode == "on":
         _check_device(device)
+    if is_compiled and device.type == "cpu":
+        # torch 2.13 interleaves query, key and value of the last layer, and the attention of a CPU misreads them.
+        raise ConfigError(
+            f"train.compile (on) with train.fp8 ({mode}) gives wrong results on a CPU; use train.compile=off"
+        )
     try:
         return _build_product(is_emulated=mode == "emulated")
     except ImportError as error:

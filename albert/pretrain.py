@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,11 +209,11 @@ def _build_engine(config: RunConfig, placement: Placement, world: World) -> Engi
 
     model = AlbertForPreTraining(config.model, seed=config.seed)
     model.activation_checkpointing = config.train.activation_checkpointing
-    compile_options: Mapping[str, Any] = {}
+    is_compiled, compile_options = _compiles(config, world), {}
     if config.train.fp8 != "off":
-        model.use_product(fp8.fp8_product(config.train.fp8, world.device))
+        model.use_product(fp8.fp8_product(config.train.fp8, world.device, is_compiled=is_compiled))
         compile_options = fp8.COMPILE_OPTIONS
-    if _compiles(config, world):
+    if is_compiled:
         model.compile_layers(**compile_options)
     return Engine(model, config.optimizer, placement, world)
 

@@ -6,12 +6,15 @@ All have the same weights and batch of full sequences, dropout 0, and attention 
 order, --repeats steps between two synchronisations each; the figure is the median over rounds of the ratio to Hugging
 Face's eager step within a round. Prints one JSON line per model and length: the ratios, tokens per second, the
 utilisation (useful FLOPs of albert/flops.py over the rate of bf16 products of this process in the same round), the
-peak memory of the step, and how much the losses differ. Left out where there is no GPU; --device cpu tries it out.
+peak memory of the step, and how much the losses differ; the speed of the same step with float8 products (train.fp8)
+over that in bf16, and its loss, where the GPU and the sizes of the model allow them. Left out where there is no GPU;
+--device cpu tries it out, with emulated float8.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -21,6 +24,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from albert.errors import ConfigError
+from albert.fp8 import COMPILE_OPTIONS, fp8_product
 from albert.heads import AlbertForPreTraining
 from albert.model_config import MODEL_PRESETS
 from benchmarks.figure import print_figure
@@ -47,8 +52,13 @@ def measure(name: str, length: int, options: argparse.Namespace) -> None:
         "ours": own_step(model, batch),
         "matmul": matmul_step(_MATMUL_SIZE[device.type], device, torch.bfloat16),
     }
+    fp8_model = _fp8_copy(model, device)
+    if fp8_model:
+        steps["fp8"] = own_step(fp8_model, batch)
     if device.type == "cuda":
         model.compile_layers()
+        if fp8_model:
+            fp8_model.compile_layers(**COMPILE_OPTIONS)
     values = {key: step().item() for key, step in steps.items()}  # also compiles
     seconds = measure_in_turns(steps, options.rounds, options.repeats, device)
     flops, tokens = case_flops(case, batch), sum(lengths)
@@ -62,7 +72,23 @@ def measure(name: str, length: int, options: argparse.Namespace) -> None:
         matmul_tflops=round(values["matmul"] / statistics.median(seconds["matmul"]) / 1e12, 1),
         peak_gib=_peak_gib(steps["ours"], device), sequences=len(lengths), device=_device_name(device),
         loss_relative_difference=abs(values["ours"] / values["hugging_face"] - 1),
+        fp8_over_bf16=_median_ratio(ours, seconds["fp8"]) if fp8_model else None,
+        fp8_loss_relative_difference=abs(values["fp8"] / values["ours"] - 1) if fp8_model else None,
     )  # fmt: skip
+
+
+def _fp8_copy(model: AlbertForPreTraining, device: torch.device) -> AlbertForPreTraining | None:
+    """The model with float8 products; None where the GPU has none, torchao is missing or the sizes do not suit."""
+    if model.config.hidden_size % 16 or model.config.intermediate_size % 16:
+        return None
+    try:
+        product = fp8_product("on" if device.type == "cuda" else "emulated", device)
+    except ConfigError as error:
+        sys.stderr.write(f"gpu_step: without float8: {error}\n")
+        return None
+    twin = copy.deepcopy(model)
+    twin.use_product(product)
+    return twin
 
 
 def measure_in_turns(

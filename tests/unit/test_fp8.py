@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from albert.config import load_run_config
 from albert.errors import ConfigError
-from albert.fp8 import fp8_product, has_fp8
+from albert.fp8 import COMPILE_OPTIONS, _build_product, fp8_product, has_fp8
 from albert.heads import AlbertForPreTraining
 from albert.linear import Linear, linear
 from albert.resuming import check_resumable
@@ -68,6 +68,39 @@ def test_products_are_those_of_rounded_factors(tokens, product):
         # Product and sum with the bias are rounded to bf16 one after the other.
         assert (error <= 2 * BF16_ROUNDING * (theirs.abs() + 3)).all()
         assert error.norm() <= BF16_ROUNDING * theirs.norm()
+
+
+@pytest.fixture
+def num_kernel_calls(monkeypatch):
+    """Counts the float8 kernels, and checks what those of a GPU take; torch's own for a CPU take everything."""
+    calls = []
+
+    def checked(left, right, *, scale_a, scale_b, out_dtype, **options):
+        assert left.dtype == right.dtype == torch.float8_e4m3fn
+        assert out_dtype == torch.bfloat16
+        assert left.is_contiguous()
+        assert right.t().is_contiguous()
+        assert left.shape[1] % 16 == right.shape[0] % 16 == right.shape[1] % 16 == 0
+        assert all(scale.dtype == torch.float32 and scale.is_contiguous() for scale in (scale_a, scale_b))
+        shapes = [tuple(scale.shape) for scale in (scale_a, scale_b)]
+        assert shapes in ([(), ()], [(left.shape[0], 1), (1, right.shape[1])])
+        calls.append(left.shape)
+        return kernel(left, right, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, **options)
+
+    kernel = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", checked)
+    return lambda: len(calls)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 77])
+def test_what_a_gpu_is_given_suits_its_kernels_and_means_the_same(tokens, product, num_kernel_calls):
+    values = factors(tokens)
+    expected = run(product, values)
+    assert num_kernel_calls() == 0
+    actual = run(_build_product(is_emulated=False), values)
+    assert num_kernel_calls() == 3
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=BF16_ROUNDING, atol=1e-3)
 
 
 def test_products_are_near_those_of_bf16(product):
@@ -207,6 +240,20 @@ def test_an_older_gpu_is_refused_and_a_newer_one_is_not(monkeypatch):
     for capability in ((8, 9), (9, 0), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         fp8_product("on", device)
+
+
+def test_compiled_layers_on_a_cpu_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"train\.compile \(on\) with train\.fp8 \(emulated\) gives wrong results on a CPU; use "
+        r"train\.compile=off"
+    ):  # fmt: skip
+        fp8_product("emulated", CPU, is_compiled=True)
+
+
+def test_the_compiler_knows_its_options():
+    AlbertForPreTraining(tiny()).compile_layers(**COMPILE_OPTIONS)
+    with pytest.raises(RuntimeError, match="Unexpected optimization option"):
+        AlbertForPreTraining(tiny()).compile_layers(options={"emulate_precision": True})
 
 
 def test_torchao_is_asked_for_where_it_is_missing(monkeypatch):
