@@ -70,7 +70,7 @@ class PretrainBatch(Movable):
     sentence_order_labels: Tensor
     """[batch] int64, 0 in order, 1 swapped, -100 none"""
     examples: Sequence[tuple[int, int, int, int]] = ()
-    """(position, block, row, epoch) of every sequence where a ledger is kept, else nothing"""
+    """(position, block, index, epoch) of every sequence where a ledger is kept, else nothing"""
 
 
 def pack(input_ids: Tensor, token_type_ids: Tensor, lengths: tuple[int, ...]) -> PackedBatch:

@@ -35,7 +35,7 @@ class Evaluator:
             config.data.directory, manifest, "eval", _CACHED_BLOCKS, cache=config.data.cache
         )
         self._micro_batch_size = config.eval.micro_batch_size or config.train.micro_batch_size
-        self._places = self._source.places(config.eval.num_examples)
+        self._rows = self._source.first_rows(config.eval.num_examples)
         self._world = world
 
     def evaluate(self, engine: Engine, on_batch: Callable[[], None]) -> dict[str, float]:
@@ -56,7 +56,7 @@ class Evaluator:
     def _batches(self) -> Iterator[tuple[PretrainBatch, int]]:
         """This rank's micro-batches. Ranks with one less repeat one with weight 0: ZeRO-3 forwards together."""
         size, world = self._micro_batch_size, self._world
-        pieces = [self._places[first : first + size] for first in range(0, len(self._places), size)]
+        pieces = [self._rows[first : first + size] for first in range(0, len(self._rows), size)]
         rounds = -(-len(pieces) // world.size)
         for turn in range(rounds):
             index = turn * world.size + world.rank

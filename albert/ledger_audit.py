@@ -13,7 +13,7 @@ from albert.errors import DataError, MissingInputError
 from albert.sample_order import Ranges, SampleOrder, step_positions
 
 Example = tuple[int, int, int, int]
-"""Position, block, row, epoch."""
+"""Position, block, index by length, epoch."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ def _check_examples(
                 raise DataError(f"{where}: position {wanted} {what}")
             if tuple(place) != tuple(order.locate(wanted)):
                 raise DataError(
-                    f"{where}: position {wanted} used block, row, epoch {place}, its order says "
+                    f"{where}: position {wanted} used block, index, epoch {place}, its order says "
                     f"{list(order.locate(wanted))}"
                 )
             if tuple(place) in seen:
-                raise DataError(f"{where}: block, row, epoch {place} was used before")
+                raise DataError(f"{where}: block, index, epoch {place} was used before")
             seen.add((place[0], place[1], place[2]))
 
 

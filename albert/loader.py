@@ -6,7 +6,7 @@ import signal
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +34,20 @@ class _LocatedBlock:
     """A decoded block with the offsets of its examples."""
 
     block: Block
+    rows_by_length: NDArray[np.int64]
+    """[examples] the shortest first; equal lengths in the order of the block."""
     token_ends: NDArray[np.int64]
     pred_ends: NDArray[np.int64]
+
+
+class Row(NamedTuple):
+    """Where an example lies, and how often it was seen before."""
+
+    block: int
+    """Index over all shards of the split, in manifest order."""
+    row: int
+    """Index inside the block."""
+    epoch: int
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ class ExampleSource:
         """Examples in the split."""
         return sum(self.block_examples)
 
-    def batch(self, places: Sequence[Place]) -> PretrainBatch:
+    def batch(self, rows: Sequence[Row]) -> PretrainBatch:
         """Pack examples.
 
         Raises:
@@ -100,7 +112,7 @@ class ExampleSource:
         """
         ids, types, flat, labels, orders, lengths = [], [], [], [], [], []
         offset = 0
-        for block_index, row, epoch in places:
+        for block_index, row, epoch in rows:
             located = self._located(block_index, epoch)
             block = located.block
             length, num_masked = int(block.lengths[row]), int(block.num_masked[row])
@@ -120,12 +132,19 @@ class ExampleSource:
             torch.tensor(orders, dtype=torch.int64),
         )
 
-    def places(self, count: int) -> list[Place]:
+    def first_rows(self, count: int) -> list[Row]:
         """The first `count` examples in the order of the shards; for evaluation."""
-        every = (
-            Place(block, row, 0) for block, size in enumerate(self.block_examples) for row in range(size)
-        )
-        return [place for place, _ in zip(every, range(count), strict=False)]
+        every = (Row(block, row, 0) for block, size in enumerate(self.block_examples) for row in range(size))
+        return [row for row, _ in zip(every, range(count), strict=False)]
+
+    def row_at(self, place: Place) -> Row:
+        """The example that the elastic order means.
+
+        Raises:
+            DataError: its block is damaged; names shard and block.
+        """
+        located = self._located(place.block, place.epoch)
+        return Row(place.block, int(located.rows_by_length[place.by_length]), place.epoch)
 
     def _located(self, index: int, epoch: int) -> _LocatedBlock:
         key = (index, epoch if self._remasking else 0)
@@ -136,7 +155,8 @@ class ExampleSource:
                 keys = example_keys(self._remasking.seed, epoch, index, rows)
                 block = remask_block(block, keys, self._remasking.policy)
             ends = (np.cumsum(column, dtype=np.int64) for column in (block.lengths, block.num_masked))
-            self._cache[key] = _LocatedBlock(block, *ends)
+            by_length = np.argsort(block.lengths, kind="stable")
+            self._cache[key] = _LocatedBlock(block, by_length, *ends)
             if len(self._cache) > self._cached_blocks:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
@@ -188,7 +208,7 @@ class _Positions(Dataset[PretrainBatch]):
 
     def __getitems__(self, positions: list[int]) -> PretrainBatch:
         places = [self.order.locate(position) for position in positions]
-        batch = self.source.batch(places)
+        batch = self.source.batch([self.source.row_at(place) for place in places])
         if not self.names_examples:
             return batch
         return replace(batch, examples=[(k, *place) for k, place in zip(positions, places, strict=True)])

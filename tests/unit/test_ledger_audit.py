@@ -84,7 +84,7 @@ def _edit(path: Path, line: int, change) -> None:
     [
         (lambda line: line["examples"].pop(0), "step 4: position 36 is missing"),
         (lambda line: line["examples"].insert(0, line["examples"][0]), "followed by position 36 again"),
-        (lambda line: line["examples"][0].__setitem__(2, 99), "step 4: position 36 used block, row, epoch"),
+        (lambda line: line["examples"][0].__setitem__(2, 99), "step 4: position 36 used block, index, epoch"),
         (lambda line: line.update(step=5), "the ranks' lines are of different steps"),
     ],
 )

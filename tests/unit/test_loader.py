@@ -12,8 +12,9 @@ import torch
 
 from albert.config import DataConfig
 from albert.errors import ConfigError, DataError
-from albert.loader import BatchPlan, ExampleSource, TrainLoader, check_dataset
+from albert.loader import BatchPlan, ExampleSource, Row, TrainLoader, check_dataset
 from albert.manifest import Manifest, read_manifest
+from albert.sample_order import Place
 from albert.shards import ShardReader
 from tests.synthetic import MAX_LENGTH, VOCAB_SIZE, make_dataset
 
@@ -79,9 +80,19 @@ def expected_examples(dataset: Path, manifest: Manifest, split: str) -> list[tup
 def test_source_returns_what_the_shards_hold(dataset, manifest):
     for split in ("train", "eval"):
         source = ExampleSource(str(dataset), manifest, split, cached_blocks=2)
-        places = source.places(10**9)
-        assert len(places) == source.num_examples
-        assert examples_of(source.batch(places)) == expected_examples(dataset, manifest, split)
+        rows = source.first_rows(10**9)
+        assert len(rows) == source.num_examples
+        assert examples_of(source.batch(rows)) == expected_examples(dataset, manifest, split)
+
+
+def test_the_order_counts_the_examples_of_a_block_by_length(dataset, manifest):
+    source = ExampleSource(str(dataset), manifest, "train", cached_blocks=2)
+    size = source.block_examples[1]
+    rows = [source.row_at(Place(1, index, 3)) for index in range(size)]
+    assert sorted(rows) == [Row(1, row, 3) for row in range(size)]
+    lengths = source.batch(rows).sequences.lengths
+    assert list(lengths) == sorted(lengths)
+    assert len(set(lengths)) > 5
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -126,7 +137,7 @@ def test_a_damaged_block_stops_the_run_and_is_named(dataset, manifest, tmp_path)
     shard.write_bytes(data)
     source = ExampleSource(str(copy), read_manifest(copy), "train", cached_blocks=2)
     with pytest.raises(DataError, match=r"train-00001.tar: block 1: checksum mismatch"):
-        source.batch(source.places(10**9))
+        source.batch(source.first_rows(10**9))
 
 
 def test_a_damaged_block_in_a_loader_process_says_the_same_and_leaves_nothing_behind(tmp_path):
@@ -176,7 +187,7 @@ def test_a_dataset_that_does_not_fit_the_model_is_refused(manifest):
 
 def test_batches_move_as_a_whole(dataset, manifest):
     source = ExampleSource(str(dataset), manifest, "eval", cached_blocks=1)
-    moved = source.batch(source.places(3)).to(torch.device("meta"))
+    moved = source.batch(source.first_rows(3)).to(torch.device("meta"))
     assert moved.sequences.input_ids.is_meta
     assert moved.masked_lm_labels.is_meta
     assert isinstance(moved.sequences.lengths, tuple)

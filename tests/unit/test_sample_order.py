@@ -23,7 +23,7 @@ def make(
 @pytest.mark.parametrize("window_blocks", [1, 2, 100])
 def test_every_lane_sees_every_example_of_an_epoch_once(num_lanes, window_blocks):
     order = make(num_lanes, window_blocks)
-    everything = Counter((block, row) for block, size in enumerate(SIZES) for row in range(size))
+    everything = Counter((block, index) for block, size in enumerate(SIZES) for index in range(size))
     for epoch in range(3):
         seen: Counter[tuple[int, int]] = Counter()
         for lane in range(num_lanes):
@@ -48,6 +48,36 @@ def test_consecutive_epochs_of_a_lane_differ():
     assert [place[:2] for place in first] != [place[:2] for place in second]
     assert {place.epoch for place in first} == {0}
     assert {place.epoch for place in second} == {1}
+
+
+def ranks_by_length(num_lanes: int, steps: int, batch: int) -> np.ndarray:
+    """What is found at every position: an example's rank by length in its block, between 0 and 1. [steps, batch]"""
+    order = SampleOrder([64] * 20 * num_lanes, seed=1, num_lanes=num_lanes, window_blocks=4)
+    found = [order.locate(k).by_length for k in range(steps * batch)]
+    return (np.array(found).reshape(steps, batch) + 0.5) / 64
+
+
+@pytest.mark.parametrize("num_lanes", [1, 12, 60])
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8, 12, 64])
+def test_short_and_long_examples_are_dealt_evenly_to_ranks_and_steps(num_lanes, world_size):
+    """A plain shuffle would give means with a deviation of sqrt(1/12/n)."""
+    per_rank, steps = 16, 30
+    ranks = ranks_by_length(num_lanes, steps, per_rank * world_size)
+    shares = ranks.reshape(steps, per_rank, world_size).mean(axis=1)
+    assert shares.std() < 0.65 * (1 / 12 / per_rank) ** 0.5
+    assert ranks.mean(axis=1).std() < 0.55 * (1 / 12 / per_rank / world_size) ** 0.5
+
+
+def test_neighbours_in_a_block_are_scattered():
+    """Even dealing leaves the choice among examples of similar lengths to chance."""
+    order = SampleOrder([64] * 80, seed=1, num_lanes=4, window_blocks=4)
+    first = [order.locate(k) for k in range(0, 64 * 80, 4)]  # lane 0
+    at = {place[:2]: index for index, place in enumerate(first)}
+    gaps = np.array([abs(at[block, i + 1] - at[block, i]) for block, i in at if (block, i + 1) in at])
+    assert gaps.mean() > 0.25 * 4 * 64  # a third in a plain shuffle of a window
+    other = SampleOrder([64] * 80, seed=2, num_lanes=4, window_blocks=4)
+    same = [order.locate(k) == other.locate(k) for k in range(64 * 80)]
+    assert np.mean(same) < 0.01
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12])
