@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from albert.linear import product
+from albert.linear import product_without_graph
 
 LOGITS_AT_A_TIME = 2**24
 """67 MB in fp32, whatever the number of predictions."""
@@ -56,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, dtype) if with_gradient else None
         size = max(1, LOGITS_AT_A_TIME // len(weight))
         for rows, targets in zip(hidden.split(size), labels.split(size), strict=True):
-            log_probs = product(rows, weight, bias).log_softmax(1, dtype)
+            log_probs = product_without_graph(rows, weight, bias).log_softmax(1, dtype)
             loss_sum -= log_probs.gather(1, targets[:, None]).sum()
             if correct is not None:
                 correct += (log_probs.argmax(1) == targets).sum()
@@ -90,7 +90,7 @@ class _Gradients:
         of_logits.scatter_add_(1, targets[:, None], of_logits.new_full((len(targets), 1), -1.0))
         self.of_bias += of_logits.sum(0)
         low = of_logits.to(rows.dtype)
-        self.of_hidden.append(product(low, self.weight.t()).to(of_logits.dtype))
+        self.of_hidden.append(product_without_graph(low, self.weight.t()).to(of_logits.dtype))
         if low is of_logits:
             self.of_weight.addmm_(low.t(), rows)
         else:

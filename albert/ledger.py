@@ -2,8 +2,8 @@
 
 `RUN/ledger/start-0003/rank-00001.jsonl` begins with a line about the start (`step` and `position` where it goes on,
 `rank`, `world_size`). Then follows a line per step with `step` and `examples`, this rank's [position, block, index
-by length, epoch] as the loader read them, and, where the run went back, a line with `rewound_to` (a step). Steps that a
-later start does again are therefore in the ledger twice. `audit_ledger` of `albert/ledger_audit.py` reads it.
+by length, epoch] as the loader read them, and, where the run went back, a line with `rewound_to` (a step). Steps that
+a later start does again are therefore in the ledger twice. `audit_ledger` of `albert/ledger_audit.py` reads it.
 """
 
 from __future__ import annotations

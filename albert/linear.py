@@ -48,8 +48,8 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(rows, weight, bias)
 
 
-def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`rows @ weight.T + bias` for use inside an autograd function, which records nothing.
+def product_without_graph(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`rows @ weight.T + bias`, for use inside an autograd function.
 
     Args:
         rows: [rows, in_features]
@@ -67,8 +67,8 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
     """`left.T @ right`: [rows, a], [rows, b] to [a, b]. Of a transposed first factor oneDNN makes a copy."""
     if left.shape[1] <= right.shape[1]:
-        return product(left.t(), right.t())
-    return product(right.t(), left.t()).t()
+        return product_without_graph(left.t(), right.t())
+    return product_without_graph(right.t(), left.t()).t()
 
 
 def _suits_onednn(rows: Tensor, weight: Tensor) -> bool:
@@ -82,7 +82,7 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return product(rows, weight, bias)
+        return product_without_graph(rows, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -90,7 +90,7 @@ class _OneDnnLinear(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         of_rows, of_weight, of_bias = ctx.needs_input_grad
         return (
-            product(gradient, weight.t()) if of_rows else None,
+            product_without_graph(gradient, weight.t()) if of_rows else None,
             _transposed_product(gradient, rows) if of_weight else None,
             gradient.sum(0) if of_bias else None,
         )

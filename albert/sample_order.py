@@ -6,9 +6,9 @@ blocks by (seed, e, l, window). A lane that has used its blocks of epoch e goes 
 every example is seen exactly once per epoch of its lane and no tail is dropped or padded.
 
 The shuffle deals lengths evenly: position k gets an example whose rank by length inside its block is about
-`frac(k * a)`, a constant a for which the positions k, k + W, k + 2 W, ... have short and long examples in turns for most
-numbers of ranks W. Steps then have nearly equal numbers of tokens, and so have the ranks of a step, which wait for the
-fullest of them.
+`frac(k * a)`, with a constant a for which the positions k, k + W, k + 2 W, ... have short and long examples in turns
+for most numbers of ranks W. Steps then have nearly equal numbers of tokens, and so have the ranks of a step, which
+wait for the fullest of them.
 
 A step takes the next B positions and rank r of W takes those with `k mod W = r`. The examples of a step are
 therefore the same for every number of ranks, any accumulation and any number of loader processes, and the whole
@@ -33,8 +33,8 @@ _MIN_BLOCKS_PER_LANE = 16
 _NEVER = 2**62
 _PERMUTATION, _WINDOW = 0, 1
 _LENGTH_STEP = np.uint64(round(0.1763256590040287 * 2**64))
-"""a, in units of 2**-64. Of 4,000 random numbers the one that spreads lengths best, on average over 50 numbers of ranks
-from 2 to 4,096 and over 4, 8 and 16 examples of each (powers of two and multiples of 8 count more)."""
+"""a, in units of 2**-64. Of 4,000 random numbers one of the two that spread lengths best, on average over 50 numbers of
+ranks from 2 to 4,096 and over 4, 8 and 16 examples of each; the other is worse for 2 ranks."""
 _LENGTH_JITTER = 1 / 16
 """How far the rank by length of an example may lie from what its position asks for."""
 
