@@ -33,8 +33,8 @@ _MIN_BLOCKS_PER_LANE = 16
 _NEVER = 2**62
 _PERMUTATION, _WINDOW = 0, 1
 _LENGTH_STEP = np.uint64(round(0.1763256590040287 * 2**64))
-"""a, in units of 2**-64. Of 4,000 random numbers one of the two that spread lengths best, on average over 50 numbers of
-ranks from 2 to 4,096 and over 4, 8 and 16 examples of each; the other is worse for 2 ranks."""
+"""a, in units of 2**-64. Of 4,000 random numbers one of the two that spread lengths best, on average over 50 numbers
+of ranks from 2 to 4,096 and over 4, 8 and 16 examples of each; the other is worse for 2 ranks."""
 _LENGTH_JITTER = 1 / 16
 """How far the rank by length of an example may lie from what its position asks for."""
 
