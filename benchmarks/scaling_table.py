@@ -1,6 +1,6 @@
 """Predicted efficiency from one GPU to thousands; prints the table of docs/SCALING.md.
 
-    python -m benchmarks.scaling_table [--device h200] [--share base=0.55 ...]
+    python -m benchmarks.scaling_table [--device h200] [--share base=0.55 ...] [--gradients fp32 bf16]
 
 A prediction, not a measurement. A step of N devices takes
 
@@ -9,8 +9,9 @@ A prediction, not a measurement. A step of N devices takes
 compute is useful FLOPs over the share of the device's matrix rate that a step reaches (predicted in
 `launcher/devices.py`; --share puts a measured one in its place). Ranks wait for the slowest: sigma is the spread of
 their times. A shared layer adds to one gradient L times per micro-batch, and the gradient is final only when the
-backward pass ends, so nothing of the reduction is hidden: reduce-scatter inside a node, a ring over nodes, and
-latency that grows with log N. LAMB updates 1/N of the parameters (ZeRO-1). Kernels below their launch time cannot be
+backward pass ends, so nothing of the reduction is hidden: an all-reduce of the gradients and an all-gather of the new
+bf16 weights, inside the nodes and in a ring over them, and latency that grows with log N. LAMB updates 1/N of the
+parameters (ZeRO-1). Kernels below their launch time cannot be
 made shorter by more devices. Efficiency is against one device with the same micro-batch; goodput also counts
 failures, saves and restarts.
 """
@@ -29,7 +30,8 @@ from launcher.plan_memory import num_parameters
 SIZES = ("base", "large", "xlarge", "xxlarge")
 _LENGTH, _PREDICTIONS = 512, 77
 _DEVICES_PER_NODE = 8
-_GRADIENT_BYTES = {"bf16": 2, "fp32": 4}
+_GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
+_WEIGHT_BYTES = 2
 _NETWORKS = {"one NIC": 50e9, "NIC per GPU": 360e9}
 """Bytes per second and node: one or eight adapters of 400 Gbit/s at nine tenths of their rate."""
 _LATENCY_S = 15e-6
@@ -51,17 +53,17 @@ class Cluster:
     device: Device
     num_devices: int
     node_bytes_per_s: float
-    gradients: str = "bf16"
+    gradients: str = "fp32"
 
 
 def reduction_s(parameters: int, cluster: Cluster) -> float:
-    """All-reduce of the gradient: inside the nodes, then between them."""
-    size = parameters * _GRADIENT_BYTES[cluster.gradients]
+    """All-reduce of the gradients and all-gather of the new weights: inside the nodes, then between them."""
+    size = parameters * (2 * _GRADIENT_BYTES[cluster.gradients] + _WEIGHT_BYTES)
     local = min(cluster.num_devices, _DEVICES_PER_NODE)
     nodes = cluster.num_devices // local
-    inside = 2 * (local - 1) / local * size / cluster.device.link_bytes_per_s
-    between = 2 * (nodes - 1) / nodes * size / cluster.node_bytes_per_s
-    return inside + between + _LATENCY_S * 2 * math.log2(max(cluster.num_devices, 1))
+    inside = (local - 1) / local * size / cluster.device.link_bytes_per_s
+    between = (nodes - 1) / nodes * size / cluster.node_bytes_per_s
+    return inside + between + _LATENCY_S * 3 * math.log2(max(cluster.num_devices, 1))
 
 
 def compute_s(config: ModelConfig, device: Device, sequences: float, share: float) -> float:
@@ -100,8 +102,8 @@ def goodput(num_devices: int) -> float:
     return interval_s / (math.expm1((interval_s + _SAVE_STALL_S) / mtbf_s) * (mtbf_s + _RESTART_S))
 
 
-def table(device: Device, shares: dict[str, float]) -> str:
-    """The table as Markdown."""
+def table(device: Device, shares: dict[str, float], gradients: str) -> str:
+    """The table as Markdown, for gradients that are summed over the devices in fp32 or bf16."""
     cases = [(64, 4096), (512, 4096), (512, 32768), (4096, 4096), (4096, 32768)]
     lines = [
         "| model | " + " | ".join(f"{num} GPUs, batch {batch}" for num, batch in cases) + " |",
@@ -113,14 +115,19 @@ def table(device: Device, shares: dict[str, float]) -> str:
         cells = []
         for num, batch in cases:
             parts = [
-                f"{100 * efficiency(config, Cluster(device, num, speed), batch, share):.0f}"
+                f"{100 * efficiency(config, Cluster(device, num, speed, gradients), batch, share):.0f}"
                 for speed in _NETWORKS.values()
             ]
-            seconds = step_s(config, Cluster(device, num, _NETWORKS["NIC per GPU"]), batch, share)
+            seconds = step_s(config, Cluster(device, num, _NETWORKS["NIC per GPU"], gradients), batch, share)
             cells.append(f"{' / '.join(parts)} % ({1000 * seconds:.0f} ms)")
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def goodput_line() -> str:
+    """What failures leave."""
     rates = (f"{num}: {100 * goodput(num):.1f} %" for num in (64, 512, 4096))
-    return "\n".join([*lines, "", f"Goodput under failures, {', '.join(rates)}."])
+    return f"Goodput under failures, {', '.join(rates)}."
 
 
 def main() -> None:
@@ -132,9 +139,12 @@ def main() -> None:
     parser.add_argument(
         "--share", nargs="*", default=[], metavar="MODEL=SHARE", help="measured share of the matrix rate"
     )
+    parser.add_argument("--gradients", nargs="+", choices=_GRADIENT_BYTES, default=list(_GRADIENT_BYTES))
     options = parser.parse_args()
     shares = {name: float(value) for name, _, value in (text.partition("=") for text in options.share)}
-    print(table(find_device(options.device), shares))
+    for gradients in options.gradients:
+        print(f"Gradients in {gradients}:\n\n{table(find_device(options.device), shares, gradients)}\n")
+    print(goodput_line())
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from launcher.devices import Device
 from launcher.plan_memory import Memory, largest_micro_batch, num_parameters, peak_memory
 
 _PREDICTED_SHARE = 0.15
-_REDUCED_BYTES = 4
-"""Gradients are reduced in fp32."""
-_GATHERED_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_MUCH_COMMUNICATION = 0.2
+"""Share of a step."""
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def communication_bytes(request: PlanRequest, stage: int, accumulation_steps: in
     """
     ring = (request.num_ranks - 1) / request.num_ranks
     parameters = num_parameters(request.config.model)
-    weights = _GATHERED_BYTES[request.config.train.precision] * parameters
-    gradients = _REDUCED_BYTES * parameters
+    weights = _BYTES[request.config.train.precision] * parameters
+    gradients = _BYTES[_reduced_type(request)] * parameters
     reduce_scatter, all_gather = ring * gradients, ring * weights
     volumes = {
         0: 2 * reduce_scatter,
@@ -121,6 +121,11 @@ def communication_bytes(request: PlanRequest, stage: int, accumulation_steps: in
         3: accumulation_steps * (reduce_scatter + 2 * all_gather),
     }
     return volumes[stage]
+
+
+def _reduced_type(request: PlanRequest) -> str:
+    """In which gradients are summed over the ranks: fp32 unless the placement says otherwise."""
+    return str(read_placement(request.config.deepspeed.config).get("communication_data_type", "fp32"))
 
 
 def _bandwidth(request: PlanRequest) -> float:
@@ -136,7 +141,7 @@ def _with_advice(plan: Plan, request: PlanRequest) -> Plan:
         _stage_advice(plan, request),
         _checkpointing_advice(plan, request),
     ]
-    findings += [_micro_batch_advice(plan, request), _scaling_advice(plan)]
+    findings += [_micro_batch_advice(plan, request), _scaling_advice(plan, request)]
     return replace(plan, advice=tuple(text for text in findings if text))
 
 
@@ -199,14 +204,17 @@ def _micro_batch_advice(plan: Plan, request: PlanRequest) -> str | None:
     return f"larger micro-batches fit and accumulate fewer times: train.micro_batch_size={better}"
 
 
-def _scaling_advice(plan: Plan) -> str | None:
+def _scaling_advice(plan: Plan, request: PlanRequest) -> str | None:
     share = plan.communication_s / plan.step_s
-    if share < 0.2:
+    if share < _MUCH_COMMUNICATION:
         return None
-    return (
+    text = (
         f"{100 * share:.0f} % of a step is communication; fewer nodes, a larger train.global_batch_size or a faster "
         "network would use the devices better"
     )
+    if plan.stage == 1 and request.config.train.precision == "bf16" and _reduced_type(request) == "fp32":
+        text += "; deepspeed.config=zero1_bf16_reduction sends half of the gradients' bytes, rounded to bf16"
+    return text
 
 
 def _divisor_near(request: PlanRequest, limit: int) -> int:

@@ -164,7 +164,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="RATE",
         help="a grid: train with each rate",
     )
-    group.add_argument("--deepspeed", help="placement: zero0 zero1 zero2 zero3 zero2_offload, or a JSON file")
+    group.add_argument(
+        "--deepspeed", help="placement of ds_configs (zero0 zero1 zero2 zero3 ...) or a JSON file"
+    )
     group.add_argument("--reinit-pooler", action="store_true", default=None, help="start with a new pooler")
     group.add_argument("--no-tensorboard", dest="tensorboard", action="store_false", default=None)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it

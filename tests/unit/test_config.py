@@ -15,15 +15,16 @@ from albert.model_config import MODEL_PRESETS, ModelConfig, read_model_config, w
 from albert.resuming import check_resumable
 
 RECIPES = ["base", "demo", "large", "small_zh", "tiny_zh", "xlarge", "xxlarge"]
+PLACEMENTS = ["zero0", "zero1", "zero1_bf16_reduction", "zero2", "zero2_offload", "zero3"]
 
 
 def test_recipes_and_placements_are_those_that_are_documented():
     assert recipe_names() == RECIPES
-    assert placement_names() == ["zero0", "zero1", "zero2", "zero2_offload", "zero3"]
+    assert placement_names() == PLACEMENTS
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("placement", ["zero0", "zero1", "zero2", "zero2_offload", "zero3"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_every_recipe_fits_every_placement(recipe, placement):
     config = load_run_config(recipe, [f"deepspeed.config={placement}"])
     if placement == "zero0" and config.train.precision != "fp32":

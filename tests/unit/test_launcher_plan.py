@@ -109,6 +109,14 @@ def test_a_micro_batch_that_does_not_fit_gets_one_that_does():
 def test_too_many_nodes_for_the_work_are_named():
     plan = make_plan(request("base", "train.micro_batch_size=8", nodes=64, network=100))
     assert any("of a step is communication; fewer nodes" in text for text in plan.advice)
+    assert any("deepspeed.config=zero1_bf16_reduction sends half" in text for text in plan.advice)
+
+
+def test_gradients_that_are_summed_in_bf16_are_half_the_bytes():
+    asked = request("base", "train.micro_batch_size=8", "deepspeed.config=zero1_bf16_reduction", nodes=1)
+    expected = 7 / 8 * num_parameters(MODEL_PRESETS["base"]) * (2 * 2 + 2)
+    assert communication_bytes(asked, 1, 64) == pytest.approx(expected)
+    assert not any("zero1_bf16_reduction" in text for text in make_plan(asked).advice)
 
 
 def test_efficiency_follows_the_hidden_size():

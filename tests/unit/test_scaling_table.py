@@ -7,14 +7,26 @@ from pathlib import Path
 import pytest
 
 from albert.model_config import MODEL_PRESETS
-from benchmarks.scaling_table import SIZES, Cluster, compute_s, efficiency, reduction_s, step_s, table
+from benchmarks.scaling_table import (
+    SIZES,
+    Cluster,
+    compute_s,
+    efficiency,
+    goodput_line,
+    reduction_s,
+    step_s,
+    table,
+)
 from launcher.devices import find_device
 
 H200 = find_device("h200")
 
 
-def test_the_document_holds_the_table():
-    assert table(H200, {}) in (Path(__file__).parents[2] / "docs" / "SCALING.md").read_text()
+@pytest.mark.parametrize("gradients", ["fp32", "bf16"])
+def test_the_document_holds_the_tables(gradients):
+    document = (Path(__file__).parents[2] / "docs" / "SCALING.md").read_text()
+    assert table(H200, {}, gradients) in document
+    assert goodput_line() in document
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -29,8 +41,9 @@ def test_a_step_is_never_shorter_than_its_computation_and_reduction(name):
 
 
 def test_a_reduction_inside_one_node_takes_its_bytes_over_the_link():
+    """Twice the gradients and once the bf16 weights."""
     parameters = 10**9
-    expected_s = 2 * 7 / 8 * 2 * parameters / H200.link_bytes_per_s
-    assert reduction_s(parameters, Cluster(H200, 8, 1.0)) == pytest.approx(expected_s, rel=0.02)
-    fp32 = Cluster(H200, 8, 1.0, gradients="fp32")
-    assert reduction_s(parameters, fp32) == pytest.approx(2 * expected_s, rel=0.02)
+    for gradients, size in (("fp32", 2 * 4 + 2), ("bf16", 2 * 2 + 2)):
+        expected_s = 7 / 8 * size * parameters / H200.link_bytes_per_s
+        cluster = Cluster(H200, 8, 1.0, gradients)
+        assert reduction_s(parameters, cluster) == pytest.approx(expected_s, rel=0.02)
