@@ -219,7 +219,7 @@ class DeepSpeedSection(_Section):
     """Placement of state."""
 
     config: str = "zero1"
-    """Name of a file in ds_configs (zero0 zero1 zero1_bf16_reduction zero2 zero2_offload zero3) or path of a JSON file."""
+    """Name of a file in ds_configs (zero0 zero1 zero1_bf16_reduction zero2 zero2_offload zero3) or path of a JSON."""
 
 
 class RunConfig(_Section):
