@@ -81,7 +81,7 @@ class _Gradients:
     def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
         self.weight = weight
         self.of_hidden: list[Tensor] = []
-        self.of_weight = torch.zeros_like(weight, dtype=dtype)
+        self.of_weight: Tensor | None = None
         self.of_bias = hidden.new_zeros(len(weight), dtype=dtype)
 
     def add(self, rows: Tensor, targets: Tensor, log_probs: Tensor) -> None:
@@ -91,7 +91,5 @@ class _Gradients:
         self.of_bias += of_logits.sum(0)
         low = of_logits.to(rows.dtype)
         self.of_hidden.append(product_without_graph(low, self.weight.t()).to(of_logits.dtype))
-        if low is of_logits:
-            self.of_weight.addmm_(low.t(), rows)
-        else:
-            self.of_weight += low.t() @ rows
+        of_weight = (low.t() @ rows).to(of_logits.dtype)
+        self.of_weight = of_weight if self.of_weight is None else self.of_weight.add_(of_weight)
