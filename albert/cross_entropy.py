@@ -7,6 +7,7 @@ path keeps the logits and the logarithms of all probabilities in fp32, and needs
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from albert.linear import product_without_graph
 
 LOGITS_AT_A_TIME = 2**24
 """67 MB in fp32, whatever the number of predictions."""
+_CACHED_LOGITS = 2**19
 
 
 def linear_cross_entropy(
@@ -56,12 +58,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, dtype) if with_gradient else None
         size = max(1, LOGITS_AT_A_TIME // len(weight))
         for rows, targets in zip(hidden.split(size), labels.split(size), strict=True):
-            log_probs = product_without_graph(rows, weight, bias).log_softmax(1, dtype)
-            loss_sum -= log_probs.gather(1, targets[:, None]).sum()
-            if correct is not None:
-                correct += (log_probs.argmax(1) == targets).sum()
+            logits = product_without_graph(rows, weight, bias)
+            for block, wanted in _blocks(logits, targets):
+                log_probs = block.log_softmax(1, dtype)
+                loss_sum -= log_probs.gather(1, wanted[:, None]).sum()
+                if correct is not None:
+                    correct += (log_probs.argmax(1) == wanted).sum()
+                if gradients:
+                    gradients.add_block(block, wanted, log_probs)
             if gradients:
-                gradients.add(rows, targets, log_probs)
+                gradients.add_piece(rows, logits)
         if gradients:
             ctx.save_for_backward(torch.cat(gradients.of_hidden), gradients.of_weight, gradients.of_bias)
         ctx.dtype = hidden.dtype
@@ -75,21 +81,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
+def _blocks(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of [rows, vocab] and [rows], so few that a CPU has them in its cache; all at once elsewhere."""
+    size = max(1, _CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    return zip(logits.split(size), targets.split(size), strict=True)
+
+
 class _Gradients:
     """Of the loss sum, summed over the pieces in the precision of the loss."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
-        self.weight = weight
+        self.weight, self.dtype = weight, dtype
         self.of_hidden: list[Tensor] = []
         self.of_weight: Tensor | None = None
         self.of_bias = hidden.new_zeros(len(weight), dtype=dtype)
 
-    def add(self, rows: Tensor, targets: Tensor, log_probs: Tensor) -> None:
-        """Add a piece: [rows, width], [rows] and [rows, vocab], the last of which is used up."""
+    def add_block(self, logits: Tensor, targets: Tensor, log_probs: Tensor) -> None:
+        """Replace logits [rows, vocab] by their gradient; `log_probs` of the same shape is used up."""
         of_logits = log_probs.exp_()
         of_logits.scatter_add_(1, targets[:, None], of_logits.new_full((len(targets), 1), -1.0))
         self.of_bias += of_logits.sum(0)
-        low = of_logits.to(rows.dtype)
-        self.of_hidden.append(product_without_graph(low, self.weight.t()).to(of_logits.dtype))
-        of_weight = (low.t() @ rows).to(of_logits.dtype)
+        logits.copy_(of_logits)
+
+    def add_piece(self, rows: Tensor, of_logits: Tensor) -> None:
+        """Add what [rows, width] and the gradient of their logits, [rows, vocab], contribute."""
+        self.of_hidden.append(product_without_graph(of_logits, self.weight.t()).to(self.dtype))
+        of_weight = (of_logits.t() @ rows).to(self.dtype)
         self.of_weight = of_weight if self.of_weight is None else self.of_weight.add_(of_weight)

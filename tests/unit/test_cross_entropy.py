@@ -31,9 +31,11 @@ def of_torch(hidden, weight, bias, labels):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("piece", [1, 3 * VOCAB, 10**6])
+@pytest.mark.parametrize("block", [1, 2 * VOCAB, 10**6])
 @pytest.mark.parametrize("preds", [0, 1, 7])
-def test_value_and_gradients_are_those_of_torch(monkeypatch, dtype, piece, preds):
+def test_value_and_gradients_are_those_of_torch(monkeypatch, dtype, piece, block, preds):
     monkeypatch.setattr(cross_entropy, "LOGITS_AT_A_TIME", piece)
+    monkeypatch.setattr(cross_entropy, "_CACHED_LOGITS", block)
     *floats, labels = inputs(preds, dtype)
     loss, correct = linear_cross_entropy(*floats, labels)
     expected = of_torch(*floats, labels)
