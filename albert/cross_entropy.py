@@ -19,6 +19,8 @@ from albert.linear import product_without_graph
 LOGITS_AT_A_TIME = 2**24
 """67 MB in fp32, whatever the number of predictions."""
 _CACHED_LOGITS = 2**19
+_FP16_SCALE = 64.0
+"""Gradients of fp16 logits are stored times this: most are probabilities near 1 / vocab, and fp16 ends at 6e-8."""
 
 
 def linear_cross_entropy(
@@ -92,19 +94,23 @@ class _Gradients:
 
     def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
         self.weight, self.dtype = weight, dtype
+        self.scale = _FP16_SCALE if weight.dtype == torch.float16 else 1.0
         self.of_hidden: list[Tensor] = []
         self.of_weight: Tensor | None = None
         self.of_bias = hidden.new_zeros(len(weight), dtype=dtype)
 
     def add_block(self, logits: Tensor, targets: Tensor, log_probs: Tensor) -> None:
-        """Replace logits [rows, vocab] by their gradient; `log_probs` of the same shape is used up."""
+        """Replace logits [rows, vocab] by their scaled gradient; `log_probs` of the same shape is used up."""
         of_logits = log_probs.exp_()
         of_logits.scatter_add_(1, targets[:, None], of_logits.new_full((len(targets), 1), -1.0))
         self.of_bias += of_logits.sum(0)
-        logits.copy_(of_logits)
+        logits.copy_(of_logits if self.scale == 1.0 else of_logits.mul_(self.scale))
 
     def add_piece(self, rows: Tensor, of_logits: Tensor) -> None:
-        """Add what [rows, width] and the gradient of their logits, [rows, vocab], contribute."""
-        self.of_hidden.append(product_without_graph(of_logits, self.weight.t()).to(self.dtype))
+        """Add what [rows, width] and the scaled gradient of their logits, [rows, vocab], contribute."""
+        of_hidden = product_without_graph(of_logits, self.weight.t()).to(self.dtype)
         of_weight = (of_logits.t() @ rows).to(self.dtype)
+        if self.scale != 1.0:
+            of_hidden, of_weight = of_hidden.div_(self.scale), of_weight.div_(self.scale)
+        self.of_hidden.append(of_hidden)
         self.of_weight = of_weight if self.of_weight is None else self.of_weight.add_(of_weight)

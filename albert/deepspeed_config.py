@@ -22,6 +22,7 @@ _OWNED = {
     "gradient_clipping": "optimizer.max_grad_norm",
 }
 _OWNED_ENABLED = {"bf16": "train.precision", "fp16": "train.precision"}
+_COMMUNICATION_TYPES = ("fp32", "bf16", "fp16")
 _REFUSED = {
     "optimizer": "the optimizer is built from the section optimizer of the run configuration",
     "scheduler": "the schedule is built from the section schedule of the run configuration",
@@ -82,6 +83,8 @@ def _key_problem(key: str, value: Any) -> str | None:
     if key not in _PLACEMENT:
         near = difflib.get_close_matches(key, [*_PLACEMENT, *_OWNED, *_OWNED_ENABLED], n=1)
         return f"{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else "")
+    if key == "communication_data_type" and value not in _COMMUNICATION_TYPES:
+        return f"{key} ({value!r}): must be one of {', '.join(_COMMUNICATION_TYPES)}"
     return f'{key}: "auto" is not understood here; write a value' if _has_auto(value) else None
 
 

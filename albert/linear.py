@@ -1,7 +1,7 @@
-"""Linear layers that train in fp32 on a CPU through oneDNN.
+"""Matrix products of the training, in fp32 on a CPU by oneDNN.
 
 torch computes fp32 products on a CPU with MKL. oneDNN's are about a tenth faster on processors of AMD (here, EPYC)
-and agree to rounding. All else, also inference and export, goes the usual way.
+and agree to rounding. All else, also export, goes the usual way.
 """
 
 from __future__ import annotations
@@ -62,6 +62,16 @@ def product_without_graph(rows: Tensor, weight: Tensor, bias: Tensor | None = No
     if _suits_onednn(rows, weight):
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], ""))
     return F.linear(rows, weight, bias)
+
+
+def split_features(weight: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """Rows of a weight [out_features, in_features], for a product each.
+
+    Their gradients, joined, lie in memory as the gradient of the whole weight does, to which they may be added.
+    """
+    if torch.is_grad_enabled() and _suits_onednn(weight, weight) and len(weight) > weight.shape[1]:
+        return [part.t() for part in weight.t().split(sizes, dim=1)]
+    return list(weight.split(sizes))
 
 
 def _transposed_product(left: Tensor, right: Tensor) -> Tensor:

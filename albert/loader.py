@@ -238,7 +238,7 @@ class TrainLoader:
         Raises:
             ConfigError: the dataset has no training examples, or fewer blocks than lanes.
         """
-        self.order = SampleOrder.of_dataset(config, manifest, seed)
+        self.order = SampleOrder.of_dataset(config, manifest, seed, plan.global_batch_size)
         lanes = self.order.num_lanes
         own_lanes = lanes // plan.world_size if lanes % plan.world_size == 0 else lanes
         self._config, self._plan, self._names_examples = config, plan, names_examples

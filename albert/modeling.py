@@ -27,7 +27,7 @@ from albert.attention import (
     packed_layout,
 )
 from albert.batches import PackedBatch
-from albert.linear import Linear, Product, linear
+from albert.linear import Linear, Product, linear, split_features
 from albert.model_config import ModelConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -126,9 +126,10 @@ class AlbertAttention(nn.Module):
     ) -> Tensor:
         """Keys and values of all tokens, queries of the kept ones: [tokens, hidden] to [kept, hidden]."""
         sizes = (len(weight) // 3, len(weight) * 2 // 3)
-        # Transposed, so that the gradient lies in memory as those of the other layers, to which it is added.
-        query_weight, other_weight = (part.t() for part in weight.t().split(sizes, dim=1))
-        query_bias, other_bias = bias.split(sizes)
+        (query_weight, other_weight), (query_bias, other_bias) = (
+            split_features(weight, sizes),
+            bias.split(sizes),
+        )
         query = self.product(source.index_select(0, kept.indices), query_weight, query_bias)
         key_value = self._heads(self.product(source, other_weight, other_bias), 2)
         return attend_kept(self._heads(query, 1)[:, 0], key_value, layout, kept, dropout)

@@ -138,7 +138,8 @@ def _audit_ledger(config: RunConfig) -> None:
     from albert.sample_order import SampleOrder
 
     run = Path(config.train.output_dir)
-    order = SampleOrder.of_dataset(config.data, read_manifest(config.data.directory), config.seed)
+    manifest = read_manifest(config.data.directory)
+    order = SampleOrder.of_dataset(config.data, manifest, config.seed, config.train.global_batch_size)
     skipped = [(step.begin, step.end) for step in read_skipped(run / "checkpoints")]
     steps = list_steps(run / "checkpoints")
     report = audit_ledger(run / "ledger", order, skipped, steps[-1] if steps else None)

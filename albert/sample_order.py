@@ -5,10 +5,11 @@ takes every L-th of them, `permutation[l::L]`. Inside a lane, examples are shuff
 blocks by (seed, e, l, window). A lane that has used its blocks of epoch e goes on with its blocks of e + 1, so
 every example is seen exactly once per epoch of its lane and no tail is dropped or padded.
 
-The shuffle deals lengths evenly: position k gets an example whose rank by length inside its block is about
-`frac(k * a)`, with a constant a for which the positions k, k + W, k + 2 W, ... have short and long examples in turns
-for most numbers of ranks W. Steps then have nearly equal numbers of tokens, and so have the ranks of a step, which
-wait for the fullest of them.
+The shuffle deals lengths evenly: position k gets an example whose rank by length inside its block is near the radical
+inverse of k in a prime base p (van der Corput's sequence: 0/p, 1/p, 2/p, ... with ever finer steps between). Any p
+positions in a row then have examples of all p-ths of the lengths, and so have p positions k, k + W, k + 2 W, ... of
+a rank, because p does not divide B and so not W. Steps have nearly equal numbers of tokens, and so have the ranks of
+a step, which wait for the fullest of them.
 
 A step takes the next B positions and rank r of W takes those with `k mod W = r`. The examples of a step are
 therefore the same for every number of ranks, any accumulation and any number of loader processes, and the whole
@@ -32,9 +33,9 @@ _AUTO_LANES = (960, 480, 240, 120, 60, 24, 12, 6, 4, 2, 1)
 _MIN_BLOCKS_PER_LANE = 16
 _NEVER = 2**62
 _PERMUTATION, _WINDOW = 0, 1
-_LENGTH_STEP = np.uint64(round(0.1763256590040287 * 2**64))
-"""a, in units of 2**-64. Of 4,000 random numbers one of the two that spread lengths best, on average over 50 numbers
-of ranks from 2 to 4,096 and over 4, 8 and 16 examples of each; the other is worse for 2 ranks."""
+_LENGTH_BASES = (11, 13, 17, 19, 23)
+"""Of these p is the first that does not divide the global batch."""
+_LENGTH_DIGITS = 6
 _LENGTH_JITTER = 1 / 16
 """How far the rank by length of an example may lie from what its position asks for."""
 
@@ -64,7 +65,13 @@ class SampleOrder:
     """Maps positions to examples; holds a few cached permutations and no other state."""
 
     def __init__(
-        self, block_examples: Sequence[int], *, seed: int, num_lanes: int, window_blocks: int
+        self,
+        block_examples: Sequence[int],
+        *,
+        seed: int,
+        num_lanes: int,
+        window_blocks: int,
+        global_batch_size: int,
     ) -> None:
         """Set up the order.
 
@@ -73,6 +80,7 @@ class SampleOrder:
             seed: of the run.
             num_lanes: L; at most the number of blocks, so that no lane is empty.
             window_blocks: blocks per shuffle window of a lane.
+            global_batch_size: B; only its divisibility matters.
 
         Raises:
             ConfigError: more lanes than blocks, or no blocks at all.
@@ -86,6 +94,7 @@ class SampleOrder:
                 "use data.num_lanes=auto"
             )
         self.seed, self.num_lanes, self.window_blocks = seed, num_lanes, window_blocks
+        self.length_base = next((p for p in _LENGTH_BASES if global_batch_size % p), _LENGTH_BASES[0])
         self.examples_per_epoch = int(self.block_examples.sum())
         # [epochs known + 1, lanes]: index inside its lane at which a lane's epoch begins
         self._epoch_starts = [np.zeros(num_lanes, np.int64)]
@@ -94,7 +103,7 @@ class SampleOrder:
         self._window_starts: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
 
     @staticmethod
-    def of_dataset(config: DataConfig, manifest: Manifest, seed: int) -> SampleOrder:
+    def of_dataset(config: DataConfig, manifest: Manifest, seed: int, global_batch_size: int) -> SampleOrder:
         """The order in which a run uses the train split.
 
         Raises:
@@ -102,7 +111,10 @@ class SampleOrder:
         """
         sizes = [entry.examples for shard in manifest.split("train") for entry in shard.blocks]
         lanes = choose_num_lanes(len(sizes)) if config.num_lanes == "auto" else config.num_lanes
-        return SampleOrder(sizes, seed=seed, num_lanes=lanes, window_blocks=config.window_blocks)
+        return SampleOrder(
+            sizes, seed=seed, num_lanes=lanes, window_blocks=config.window_blocks,
+            global_batch_size=global_batch_size,
+        )  # fmt: skip
 
     def locate(self, position: int) -> Place:
         """Where the example at a global position lies."""
@@ -165,14 +177,20 @@ class SampleOrder:
             )
             start = self._epoch_starts[epoch][lane] + self._lane_window_starts(epoch, lane)[window]
             positions = (start + np.arange(len(within))) * self.num_lanes + lane
-            wanted = positions.astype(np.uint64) * _LENGTH_STEP  # modulo 2**64: the fraction of k * a
-            pairs = np.empty((len(within), 2), np.int64)
-            pairs[np.argsort(wanted)] = np.stack([np.repeat(blocks, counts), within], axis=1)[
-                np.argsort(lengths)
-            ]
-            return pairs
+            wanted = np.argsort(_radical_inverse(positions, self.length_base), kind="stable")
+            pairs = np.stack([np.repeat(blocks, counts), within], axis=1)[np.argsort(lengths, kind="stable")]
+            return pairs[np.argsort(wanted, kind="stable")]
 
         return _cached(self._windows, (epoch, lane, window), 2 * self.num_lanes, make)
+
+
+def _radical_inverse(values: NDArray[np.int64], base: int) -> NDArray[np.int64]:
+    """The lowest digits in reverse order, in units of base ** -_LENGTH_DIGITS."""
+    result = np.zeros_like(values)
+    for _ in range(_LENGTH_DIGITS):
+        values, digits = np.divmod(values, base)
+        result = result * base + digits
+    return result
 
 
 def _cached(cache: OrderedDict[_Key, _Value], key: _Key, capacity: int, make: Callable[[], _Value]) -> _Value:

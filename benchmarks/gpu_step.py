@@ -6,9 +6,9 @@ All have the same weights and batch of full sequences, dropout 0, and attention 
 order, --repeats steps between two synchronisations each; the figure is the median over rounds of the ratio to Hugging
 Face's eager step within a round. Prints one JSON line per model and length: the ratios, tokens per second, the
 utilisation (useful FLOPs of albert/flops.py over the rate of bf16 products of this process in the same round), the
-peak memory of the step, and how much the losses differ; the speed of the same step with float8 products (train.fp8)
-over that in bf16, and its loss, where the GPU and the sizes of the model allow them. Left out where there is no GPU;
---device cpu tries it out, with emulated float8.
+peak memory of the step (the float8 copy lies beside it), and how much the losses differ; the speed of the same step
+with float8 products (train.fp8) over that in bf16, and its loss, where the GPU and the sizes of the model allow them.
+Left out where there is no GPU; --device cpu tries it out, with emulated float8.
 """
 
 from __future__ import annotations

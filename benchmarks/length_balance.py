@@ -31,7 +31,7 @@ def lengths_in_order(count: int) -> NDArray[np.int64]:
     drawn = np.random.default_rng(0).exponential(_MEAN_BEFORE_CUT, (num_blocks, MAX_EXAMPLES_PER_BLOCK))
     lengths = np.sort(np.clip(drawn, 1, _MAX_LENGTH).astype(np.int64), axis=1)
     sizes = [MAX_EXAMPLES_PER_BLOCK] * num_blocks
-    order = SampleOrder(sizes, seed=0, num_lanes=_NUM_LANES, window_blocks=4)
+    order = SampleOrder(sizes, seed=0, num_lanes=_NUM_LANES, window_blocks=4, global_batch_size=_GLOBAL_BATCH)
     places = (order.locate(position) for position in range(count))
     return np.array([lengths[place.block, place.by_length] for place in places])
 

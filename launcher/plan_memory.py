@@ -146,10 +146,11 @@ def layer_bytes_per_token(config: RunConfig, seq_length: int) -> int:
 def vocabulary_bytes(model: ModelConfig, preds: int, size: int) -> int:
     """What `albert.cross_entropy` holds for so many predicted positions.
 
-    A piece of logits and the logarithms of their softmax in fp32, and the fp32 gradient of the word embeddings.
+    A piece of logits, in fp32 too, the logarithms of their softmax, and the fp32 gradient of the word embeddings.
     """
     logits = min(preds, max(1, LOGITS_AT_A_TIME // model.vocab_size)) * model.vocab_size
-    return logits * (size + _FP32) + _FP32 * model.vocab_size * (model.embedding_size + 1)
+    copies = 1 if size == _FP32 else 2
+    return logits * (size + copies * _FP32) + _FP32 * model.vocab_size * (model.embedding_size + 1)
 
 
 def largest_micro_batch(

@@ -146,6 +146,8 @@ def test_accumulation_is_derived_and_impossible_batches_name_the_nearest():
         ('{"bf16": {"enabled": true}}', "bf16.enabled .* owned by train.precision"),
         ('{"optimizer": {"type": "Lamb"}}', "optimizer: not allowed here"),
         ('{"zero_optimization": {"stage": "auto"}}', '"auto" is not understood'),
+        ('{"communication_data_type": "float32"}', "must be one of fp32, bf16, fp16"),
+        ('{"communication_data_type": null}', "must be one of fp32, bf16, fp16"),
         ('{"activation_checkpointing": {}}', "use train.activation_checkpointing"),
         ("{", "not valid JSON"),
     ],

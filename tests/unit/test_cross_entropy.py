@@ -49,6 +49,25 @@ def test_value_and_gradients_are_those_of_torch(monkeypatch, dtype, piece, block
         torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rare_words_keep_their_gradients_in_16_bits(dtype):
+    """Those of words that are nobody's label are sums of small probabilities; no worse than torch, with a loss scale."""
+    generator = torch.Generator().manual_seed(0)
+    vocab, width, preds = 30000, 16, 24
+    hidden = torch.randn(preds, width, generator=generator, dtype=torch.float64)
+    weight = 1.3 * torch.randn(vocab, width, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 100, (preds,), generator=generator)
+    floats = [x.to(dtype).requires_grad_() for x in (hidden, weight, torch.zeros(vocab))]
+    exact = [x.detach().double().requires_grad_() for x in floats]
+    expected = torch.autograd.grad(of_torch(*exact, labels), exact)[1]
+    rare = expected.norm(dim=1).argsort()[: vocab // 2]
+    errors = []
+    for loss in (linear_cross_entropy(*floats, labels)[0], of_torch(*floats, labels)):
+        of_weight = torch.autograd.grad(loss * 4096, floats)[1].double() / 4096
+        errors.append((of_weight - expected)[rare].norm() / expected[rare].norm())
+    assert errors[0] < 1.1 * errors[1] < 0.03
+
+
 def test_right_predictions_are_counted():
     hidden, weight, bias, labels = inputs(40)
     labels[::2] = (hidden @ weight.T + bias).argmax(1)[::2]
@@ -58,6 +77,9 @@ def test_right_predictions_are_counted():
         loss, correct = linear_cross_entropy(hidden, weight, bias, labels, with_accuracy=True)
     assert int(correct) == expected
     assert not loss.requires_grad
+    counted, _ = linear_cross_entropy(hidden, weight, bias, labels, with_accuracy=True)
+    plain, _ = linear_cross_entropy(hidden, weight, bias, labels)
+    assert torch.equal(*(torch.autograd.grad(value, weight)[0] for value in (counted, plain)))
     assert loss.item() == pytest.approx(of_torch(hidden, weight, bias, labels).item(), rel=1e-13)
 
 

@@ -62,8 +62,8 @@ def test_the_plan_counts_the_logits_that_the_loss_holds_at_a_time():
     assert plan_memory.LOGITS_AT_A_TIME == cross_entropy.LOGITS_AT_A_TIME
     model = MODEL_PRESETS["base"]
     gradient = 4 * 30000 * 129
-    assert plan_memory.vocabulary_bytes(model, 10, 2) == 10 * 30000 * (2 + 4) + gradient
-    assert plan_memory.vocabulary_bytes(model, 10**6, 2) == 559 * 30000 * (2 + 4) + gradient
+    assert plan_memory.vocabulary_bytes(model, 10, 2) == 10 * 30000 * (2 + 4 + 4) + gradient
+    assert plan_memory.vocabulary_bytes(model, 10**6, 4) == 559 * 30000 * (4 + 4) + gradient
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():

@@ -12,7 +12,7 @@ from albert.ledger_audit import audit_ledger
 from albert.sample_order import Ranges, SampleOrder, rank_share, step_positions
 
 BATCH = 12
-ORDER = SampleOrder([32] * 8, seed=3, num_lanes=4, window_blocks=2)
+ORDER = SampleOrder([32] * 8, seed=3, num_lanes=4, window_blocks=2, global_batch_size=12)
 
 
 class Writer:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from albert.attention import PackedLayout, attend, packed_layout
 from albert.heads import AlbertForPreTraining
+from albert.linear import linear, split_features
 from albert.model_config import MODEL_PRESETS
 from albert.modeling import block_of_use
 
@@ -189,6 +190,20 @@ def test_a_layer_use_dispatches_few_kernels_and_no_hidden_copy():
         "add": 2,
         "native_layer_norm": 2,
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_the_joined_projection_lie_alike_for_all_layers(dtype):
+    """They are added to each other; the last layer's is made of two."""
+    weight = torch.randn(3 * 64, 64, dtype=dtype, requires_grad=True)
+    bias, rows = torch.zeros(3 * 64, dtype=dtype), torch.randn(50, 64, dtype=dtype)
+    whole = linear(rows, weight, bias)
+    query, other = split_features(weight, (64, 128))
+    parts = torch.cat([linear(rows, query, bias[:64]), linear(rows, other, bias[64:])], dim=1)
+    torch.testing.assert_close(parts, whole)
+    gradients = [torch.autograd.grad(output.sum(), weight)[0] for output in (whole, parts)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].stride() == gradients[1].stride()
 
 
 def test_the_head_sees_masked_positions_only():
