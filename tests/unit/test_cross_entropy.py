@@ -51,7 +51,7 @@ def test_value_and_gradients_are_those_of_torch(monkeypatch, dtype, piece, block
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rare_words_keep_their_gradients_in_16_bits(dtype):
-    """Those of words that are nobody's label are sums of small probabilities; no worse than torch, with a loss scale."""
+    """Those of words that are nobody's label are sums of small probabilities. No worse than torch."""
     generator = torch.Generator().manual_seed(0)
     vocab, width, preds = 30000, 16, 24
     hidden = torch.randn(preds, width, generator=generator, dtype=torch.float64)
