@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from pydantic import ValidationError
 from albert.errors import ConfigError, run_command
 from data_prep.settings import BuildSettings
 
+_FORWARDING_S = 1.0
+"""mpirun passes on what a rank wrote before it ends, but not what it finds after an abort."""
 _EXAMPLES = """examples:
   python -m data_prep tokenizer --input corpus.txt --output tok --vocab-size 8000
   python -m data_prep build --input corpus.txt --tokenizer tok --output dataset --workers 4
@@ -223,6 +226,7 @@ def _abort(comm: Any, error: BaseException) -> None:
         traceback.print_exc()
         code = 1
     sys.stderr.flush()
+    time.sleep(_FORWARDING_S)
     comm.Abort(code)
 
 
