@@ -1,4 +1,4 @@
-"""The elastic order: global position -> (block, example, epoch). A pure function of (seed, position).
+"""The elastic order: global position -> (block, example, epoch). A pure function of (seed, position, p).
 
 Position k belongs to lane `k mod L`, where L is fixed for a run. Epoch e permutes all blocks by (seed, e); lane l
 takes every L-th of them, `permutation[l::L]`. Inside a lane, examples are shuffled over windows of several
