@@ -19,6 +19,7 @@ from albert.linear import product_without_graph
 LOGITS_AT_A_TIME = 2**24
 """67 MB in fp32, whatever the number of predictions."""
 _CACHED_LOGITS = 2**19
+"""2 MB in fp32, which a core's cache holds."""
 _FP16_SCALE = 64.0
 """Gradients of fp16 logits are stored times this: most are probabilities near 1 / vocab, and fp16 ends at 6e-8."""
 
@@ -72,6 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 gradients.add_piece(rows, logits)
         if gradients:
             ctx.save_for_backward(torch.cat(gradients.of_hidden), gradients.of_weight, gradients.of_bias)
+            ctx.scale = gradients.scale
         ctx.dtype = hidden.dtype
         return loss_sum, correct
 
@@ -79,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         # In place: nobody else has them, and autograd refuses a second pass over them.
-        scaled = [saved.mul_(gradient).to(ctx.dtype) for saved in ctx.saved_tensors]
+        scaled = [saved.mul_(gradient / ctx.scale).to(ctx.dtype) for saved in ctx.saved_tensors]
         return (*scaled, None, None, None)
 
 
@@ -90,7 +92,7 @@ def _blocks(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class _Gradients:
-    """Of the loss sum, summed over the pieces in the precision of the loss."""
+    """Of the loss sum times `scale`, summed over the pieces in the precision of the loss."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
         self.weight, self.dtype = weight, dtype
@@ -103,14 +105,13 @@ class _Gradients:
         """Replace logits [rows, vocab] by their scaled gradient; `log_probs` of the same shape is used up."""
         of_logits = log_probs.exp_()
         of_logits.scatter_add_(1, targets[:, None], of_logits.new_full((len(targets), 1), -1.0))
+        if self.scale != 1.0:
+            of_logits.mul_(self.scale)
         self.of_bias += of_logits.sum(0)
-        logits.copy_(of_logits if self.scale == 1.0 else of_logits.mul_(self.scale))
+        logits.copy_(of_logits)
 
     def add_piece(self, rows: Tensor, of_logits: Tensor) -> None:
         """Add what [rows, width] and the scaled gradient of their logits, [rows, vocab], contribute."""
-        of_hidden = product_without_graph(of_logits, self.weight.t()).to(self.dtype)
+        self.of_hidden.append(product_without_graph(of_logits, self.weight.t()).to(self.dtype))
         of_weight = (of_logits.t() @ rows).to(self.dtype)
-        if self.scale != 1.0:
-            of_hidden, of_weight = of_hidden.div_(self.scale), of_weight.div_(self.scale)
-        self.of_hidden.append(of_hidden)
         self.of_weight = of_weight if self.of_weight is None else self.of_weight.add_(of_weight)

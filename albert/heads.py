@@ -104,13 +104,8 @@ class AlbertForPreTraining(AlbertHead):
     def forward(self, batch: PretrainBatch, with_accuracy: bool = False) -> PretrainOutput:
         """Summed losses of a batch, and counts of right predictions where asked for."""
         hidden, pooled = self.albert(batch.sequences, needed=batch.masked_lm_indices)
-        embeddings = self.albert.embeddings
         mlm_loss_sum, mlm_correct = linear_cross_entropy(
-            embeddings.to_embedding_size(self.predictions(hidden)),
-            embeddings.word_embeddings.weight,
-            self.predictions.bias,
-            batch.masked_lm_labels,
-            with_accuracy,
+            *self._decoder_product(hidden), batch.masked_lm_labels, with_accuracy
         )
         sop_logits, sop_labels = _for_loss(self.sop_classifier(pooled)), batch.sentence_order_labels
         return PretrainOutput(
@@ -122,9 +117,13 @@ class AlbertForPreTraining(AlbertHead):
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden states: [preds, hidden] to [preds, vocab]."""
+        return F.linear(*self._decoder_product(hidden))
+
+    def _decoder_product(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [preds, embed], weight [vocab, embed] and bias [vocab] whose product is the vocabulary logits."""
         embeddings = self.albert.embeddings
-        decoded = embeddings.to_embedding_size(self.predictions(hidden))
-        return F.linear(decoded, embeddings.word_embeddings.weight, self.predictions.bias)
+        rows = embeddings.to_embedding_size(self.predictions(hidden))
+        return rows, embeddings.word_embeddings.weight, self.predictions.bias
 
     def forward_padded(
         self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor

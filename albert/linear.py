@@ -49,16 +49,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def product_without_graph(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`rows @ weight.T + bias`, for use inside an autograd function.
-
-    Args:
-        rows: [rows, in_features]
-        weight: [out_features, in_features]
-        bias: [out_features]
-
-    Returns:
-        [rows, out_features]
-    """
+    """What `linear` gives, of the same shapes, for use inside an autograd function."""
     if _suits_onednn(rows, weight):
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], ""))
     return F.linear(rows, weight, bias)

@@ -171,15 +171,16 @@ class SampleOrder:
             blocks = self._lane_blocks(epoch, lane)[first : first + self.window_blocks]
             counts = self.block_examples[blocks]
             within = np.concatenate([np.arange(count) for count in counts])
+            pairs = np.stack([np.repeat(blocks, counts), within], axis=1)
             generator = np.random.default_rng([self.seed, _WINDOW, epoch, lane, window])
-            lengths = (within + 0.5) / np.repeat(counts, counts) + _LENGTH_JITTER * generator.random(
-                len(within)
-            )
+            jitter = _LENGTH_JITTER * generator.random(len(pairs))
+            lengths = (within + 0.5) / np.repeat(counts, counts) + jitter
             start = self._epoch_starts[epoch][lane] + self._lane_window_starts(epoch, lane)[window]
-            positions = (start + np.arange(len(within))) * self.num_lanes + lane
-            wanted = np.argsort(_radical_inverse(positions, self.length_base), kind="stable")
-            pairs = np.stack([np.repeat(blocks, counts), within], axis=1)[np.argsort(lengths, kind="stable")]
-            return pairs[np.argsort(wanted, kind="stable")]
+            positions = (start + np.arange(len(pairs))) * self.num_lanes + lane
+            wanted = _radical_inverse(positions, self.length_base)
+            dealt = np.empty_like(pairs)
+            dealt[np.argsort(wanted, kind="stable")] = pairs[np.argsort(lengths, kind="stable")]
+            return dealt
 
         return _cached(self._windows, (epoch, lane, window), 2 * self.num_lanes, make)
 

@@ -158,10 +158,9 @@ def largest_micro_batch(
 ) -> int:
     """Most sequences of a forward pass whose peak stays below `budget` bytes; 0 if not even one does."""
 
-    def fits(sequences: int) -> bool:
+    def exceeds(sequences: int) -> bool:
         train = config.train.model_copy(update={"micro_batch_size": sequences})
         asked = config.model_copy(update={"train": train})
-        return peak_memory(asked, stage, num_ranks, seq_length=seq_length, preds=preds).total <= budget
+        return peak_memory(asked, stage, num_ranks, seq_length=seq_length, preds=preds).total > budget
 
-    sizes = range(1, _MOST_SEQUENCES)
-    return bisect.bisect_left(sizes, True, key=lambda sequences: not fits(sequences))
+    return bisect.bisect_left(range(1, _MOST_SEQUENCES), True, key=exceeds)
