@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from albert.activations import ACTIVATIONS
 from albert.batches import PackedBatch, PretrainBatch
 from albert.blocks import NO_SENTENCE_ORDER
 from albert.cross_entropy import linear_cross_entropy
 from albert.linear import Linear, Product
 from albert.model_config import ModelConfig
-from albert.modeling import ACTIVATIONS, AlbertAttention, AlbertModel, initialize_weights
+from albert.modeling import AlbertAttention, AlbertModel, initialize_weights
 
 Problem = Literal["single_label", "multi_label", "regression"]
 """What a sequence classifier predicts."""

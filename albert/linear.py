@@ -6,8 +6,10 @@ and agree to rounding. All else, also export, goes the usual way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +46,15 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         [rows, out_features]
     """
     if torch.is_grad_enabled() and _suits_onednn(rows, weight):
-        return cast(Tensor, _OneDnnLinear.apply(rows, weight, bias))
+        kept = _packed_weights.get()
+        return cast(Tensor, _OneDnnLinear.apply(rows, weight, bias, kept and kept.of(weight)))
     return F.linear(rows, weight, bias)
 
 
 def product_without_graph(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What `linear` gives, of the same shapes, for use inside an autograd function."""
     if _suits_onednn(rows, weight):
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], ""))
+        return _onednn_product(rows, weight, bias)
     return F.linear(rows, weight, bias)
 
 
@@ -79,19 +82,67 @@ def _suits_onednn(rows: Tensor, weight: Tensor) -> bool:
     return is_fp32 and rows.dim() == 2 and rows.numel() > 0
 
 
+class _PackedWeight(NamedTuple):
+    plain: Tensor
+    """Held, so that no other tensor can be taken for it."""
+    forward: Tensor
+    """The weight as oneDNN lays it out."""
+    backward: Tensor
+    """Its transpose, likewise."""
+
+
+class PackedWeights:
+    """Weights that several layers share, laid out for oneDNN once and not at every use.
+
+    Of use where the number of tokens is no round one, as with packed sequences. For one forward pass and its backward
+    pass, in which the weights may not change.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, _PackedWeight] = {}
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, `linear` takes its weights from here, and makes those that are missing."""
+        token = _packed_weights.set(self)
+        try:
+            yield
+        finally:
+            _packed_weights.reset(token)
+
+    def of(self, weight: Tensor) -> _PackedWeight:
+        """The layouts of a weight [out_features, in_features]."""
+        # ZeRO-3 gives a parameter new memory at every use, and any other tensor a new name.
+        key = id(weight) if isinstance(weight, nn.Parameter) else weight.data_ptr()
+        if key not in self._made:
+            plain, pack = weight.detach(), torch.ops.mkldnn._reorder_linear_weight
+            self._made[key] = _PackedWeight(weight, pack(plain), pack(plain.t()))
+        return self._made[key]
+
+
+_packed_weights: ContextVar[PackedWeights | None] = ContextVar("packed_weights", default=None)
+
+
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, packed: _PackedWeight | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return product_without_graph(rows, weight, bias)
+        ctx.packed = packed
+        return _onednn_product(rows, packed.forward if packed else weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        of_rows, of_weight, of_bias, _ = ctx.needs_input_grad
+        transposed, ctx.packed = ctx.packed.backward if ctx.packed else weight.t(), None
         return (
-            product_without_graph(gradient, weight.t()) if of_rows else None,
+            _onednn_product(gradient, transposed) if of_rows else None,
             _transposed_product(gradient, rows) if of_weight else None,
             gradient.sum(0) if of_bias else None,
+            None,
         )
+
+
+def _onednn_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], ""))

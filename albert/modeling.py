@@ -9,14 +9,14 @@ joined into one matrix once per forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from albert.activations import ACTIVATIONS
 from albert.attention import (
     KeptTokens,
     PackedLayout,
@@ -27,14 +27,8 @@ from albert.attention import (
     packed_layout,
 )
 from albert.batches import PackedBatch
-from albert.linear import Linear, Product, linear, split_features
+from albert.linear import Linear, PackedWeights, Product, linear, split_features
 from albert.model_config import ModelConfig
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
 
 
 class AlbertEmbeddings(nn.Module):
@@ -112,7 +106,7 @@ class AlbertAttention(nn.Module):
         else:
             context = self._attend_kept(source, weight, bias, cast(PackedLayout, layout), kept, dropout)
             hidden = hidden.index_select(0, kept.indices)
-        output = hidden + self.dropout(self.dense(context))
+        output = self.dropout(self.dense(context)).add_(hidden)
         return output if self.is_preln else self.LayerNorm(output)
 
     def _attend_kept(
@@ -155,7 +149,7 @@ class AlbertFeedForward(nn.Module):
         """[tokens, hidden] to the same."""
         source = self.LayerNorm(hidden) if self.is_preln else hidden
         inner = self.activation(self.intermediate(source))
-        output = hidden + self.dropout(self.output(inner))
+        output = self.dropout(self.output(inner)).add_(hidden)
         return output if self.is_preln else self.LayerNorm(output)
 
 
@@ -207,9 +201,9 @@ class AlbertEncoder(nn.Module):
         if self.embedding_hidden_mapping_in is not None:
             hidden = self.embedding_hidden_mapping_in(hidden)
         joined = [block.joined_projection() for block in self.attention]  # type: ignore[operator]
-        last = len(self.attention_of_use) - 1
+        packed, last = PackedWeights(), len(self.attention_of_use) - 1
         for use, (a, f) in enumerate(zip(self.attention_of_use, self.feed_forward_of_use, strict=True)):
-            inputs = (hidden, a, f, joined[a], layout, kept if use == last else None)
+            inputs = (hidden, a, f, joined[a], layout, kept if use == last else None, packed)
             if self.activation_checkpointing and self.training:
                 # The reentrant kind fails under ZeRO-2/3 when a layer is used more than once.
                 hidden = checkpoint(self._layer, *inputs, use_reentrant=False)
@@ -225,8 +219,11 @@ class AlbertEncoder(nn.Module):
         joined: tuple[Tensor, Tensor],
         layout: PackedLayout | PaddedLayout,
         kept: KeptTokens | None,
+        packed: PackedWeights,
     ) -> Tensor:
-        return self.feed_forward[f](self.attention[a](hidden, *joined, layout, kept))
+        is_shared = kept is None and self.attention_of_use[:-1].count(a) > 1
+        with packed.in_use() if is_shared else nullcontext():
+            return self.feed_forward[f](self.attention[a](hidden, *joined, layout, kept))
 
 
 class AlbertModel(nn.Module):

@@ -91,7 +91,8 @@ def peak_memory(config: RunConfig, stage: int, num_ranks: int, *, seq_length: in
     share = {stage_: num_ranks if stage >= stage_ else 1 for stage_ in (1, 2, 3)}
     sequences = config.train.micro_batch_size
     return Memory(
-        weights=size * (parameters // share[3] + _joined_values(config.model)),
+        weights=size * (parameters // share[3] + _joined_values(config.model))
+        + _packed_bytes(config.model, size),
         gradients=_gradient_bytes(parameters, size, stage, share),
         optimizer=(3 if stage or size == 2 else 2) * _FP32 * parameters // share[1],
         activations=round(sequences * seq_length * activation_bytes_per_token(config, seq_length, preds)),
@@ -102,6 +103,19 @@ def peak_memory(config: RunConfig, stage: int, num_ranks: int, *, seq_length: in
 def _joined_values(model: ModelConfig) -> int:
     """Queries, keys and values joined into one matrix, and its gradient, for the time of a pass."""
     return 2 * 3 * model.hidden_size**2 * num_blocks(model)[0]
+
+
+def _packed_bytes(model: ModelConfig, size: int) -> int:
+    """Shared weights and their transposes as oneDNN lays them out, see `albert/linear.py`: in fp32, on a CPU only."""
+    num_attention = num_blocks(model)[0]
+    if size != _FP32 or num_attention == model.num_layer_uses:
+        return 0
+    return (
+        _FP32
+        * 2
+        * num_attention
+        * (4 * model.hidden_size**2 + 2 * model.hidden_size * model.intermediate_size)
+    )
 
 
 def _gradient_bytes(parameters: int, size: int, stage: int, share: dict[int, int]) -> int:

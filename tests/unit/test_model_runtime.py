@@ -7,11 +7,13 @@ import torch
 from model_samples import LENGTHS, perturbed, pretrain_batch, random_sequences, tiny
 from plain_albert import PlainAlbert, activate
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from albert.activations import ACTIVATIONS, gelu_new
 from albert.attention import PackedLayout, attend, packed_layout
 from albert.heads import AlbertForPreTraining
-from albert.linear import linear, split_features
+from albert.linear import PackedWeights, linear, split_features
 from albert.model_config import MODEL_PRESETS
 from albert.modeling import block_of_use
 
@@ -187,7 +189,7 @@ def test_a_layer_use_dispatches_few_kernels_and_no_hidden_copy():
         "addmm": 4,  # joined Q, K, V; attention output; both feed-forward matrices
         "_scaled_dot_product_flash_attention_for_cpu": 1,
         "gelu": 1,
-        "add": 2,
+        "add_": 2,
         "native_layer_norm": 2,
     }
 
@@ -216,11 +218,74 @@ def test_the_head_sees_masked_positions_only():
 
 
 def test_activations():
-    from albert.modeling import ACTIVATIONS
-
     x = torch.linspace(-6, 6, 101, dtype=torch.float64)
     for name, function in ACTIVATIONS.items():
         torch.testing.assert_close(function(x), activate(x, name), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("count", [1001, 65536, 200_003])
+def test_gelu_of_the_cpu_equals_the_formula_in_fp64_as_closely_as_torchs(count):
+    source = torch.linspace(-8, 8, count)
+    weight = torch.linspace(-1, 1, count)
+
+    def errors(function):
+        x = source.clone().requires_grad_()
+        y = function(x + 0.0)  # which may be overwritten
+        (slope,) = torch.autograd.grad((y * weight).sum(), x)
+        return [
+            (mine.detach().double() - exact).abs().max()
+            for mine, exact in zip((y, slope), wanted, strict=True)
+        ]
+
+    x = source.double().requires_grad_()
+    y = activate(x, "gelu_new")
+    wanted = y.detach(), torch.autograd.grad((y * weight).sum(), x)[0]
+    for mine, theirs in zip(errors(gelu_new), errors(lambda x: F.gelu(x, approximate="tanh")), strict=True):
+        assert mine < 3 * theirs
+
+
+def test_gelu_of_the_cpu_at_the_ends_of_the_numbers():
+    x = torch.tensor([0.0, 1e-30, -1e-30, 30.0, -30.0, 1e30, -1e30, torch.inf, torch.nan], requires_grad=True)
+    y = gelu_new(x + 0.0)
+    expected = torch.tensor([0.0, 5e-31, -5e-31, 30.0, 0.0, 1e30, 0.0, torch.inf, torch.nan])
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    theirs = torch.ops.aten.gelu_backward(torch.ones_like(x), x.detach(), approximate="tanh")
+    torch.testing.assert_close(slope, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_that_layers_share_are_laid_out_once_per_pass(checkpointing):
+    def laid_out(options):
+        model = AlbertForPreTraining(tiny(num_hidden_layers=4, **options)).train()
+        model.activation_checkpointing = checkpointing
+        with CountKernels() as counter:
+            gradients(model, pretrain_batch(60))
+        return counter.counts.get("_reorder_linear_weight", 0)
+
+    assert (
+        laid_out({}) == 4 * 2
+    )  # Q, K and V; attention output; both feed-forward matrices; and their transposes
+    assert laid_out({"num_hidden_groups": 2}) == 4 * 2  # of the last group but one use has all tokens
+    assert laid_out({"share_type": "none"}) == 0
+
+
+def test_laid_out_weights_give_the_same_products_and_gradients():
+    weight, bias = torch.randn(96, 40, requires_grad=True), torch.randn(96, requires_grad=True)
+    rows = torch.randn(37, 40, requires_grad=True)
+    packed = PackedWeights()
+
+    def results():
+        output = linear(rows, weight, bias)
+        return output, *torch.autograd.grad((output**2).sum(), (rows, weight, bias))
+
+    plain = results()
+    for _ in range(2):
+        with packed.in_use():
+            inside = results()
+        for mine, other in zip(inside, plain, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(results(), plain, strict=True))
 
 
 def test_initialisation_is_googles():
