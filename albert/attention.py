@@ -55,11 +55,15 @@ class PaddedLayout:
     """[batch, seq] bool, true for real tokens"""
 
 
-def packed_layout(batch: PackedBatch) -> PackedLayout:
-    """Layout of a packed batch."""
+def packed_layout(batch: PackedBatch, filler: int = 0) -> PackedLayout:
+    """Layout of a packed batch, and of so many tokens after it that mean nothing."""
     runs = tuple((len(list(group)), length) for length, group in groupby(batch.lengths))
     max_length = -(-batch.max_length // _MAX_LENGTH_STEP) * _MAX_LENGTH_STEP
-    return PackedLayout(batch.cu_seqlens, max_length, runs)
+    cu_seqlens = batch.cu_seqlens
+    if filler:
+        runs = (*runs, (1, filler))
+        cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:] + filler])
+    return PackedLayout(cu_seqlens, max_length, runs)
 
 
 def kept_tokens(indices: Tensor, cu_seqlens: Tensor) -> tuple[KeptTokens, Tensor]:
@@ -111,7 +115,7 @@ def attend_kept(
     counts = kept.cu_counts.diff().tolist()
     lengths = [length for number, length in layout.runs for _ in range(number)]
     parts = zip(query.split(counts), key.split(lengths), value.split(lengths), strict=True)
-    return torch.cat([_attend_sequence(*part, dropout) for part in parts])
+    return torch.cat([_attend_sequence(*part, dropout) for part in parts if len(part[0])])
 
 
 def _attend_all_for_kept(

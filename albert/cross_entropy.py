@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from albert.linear import product_without_graph
+from albert.linear import product_without_graph, rows_to_add
 
 LOGITS_AT_A_TIME = 2**24
 """67 MB in fp32, whatever the number of predictions."""
@@ -61,7 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, dtype) if with_gradient else None
         size = max(1, LOGITS_AT_A_TIME // len(weight))
         for rows, targets in zip(hidden.split(size), labels.split(size), strict=True):
-            logits = product_without_graph(rows, weight, bias)
+            padded = F.pad(rows, (0, 0, 0, rows_to_add(rows)))
+            logits = product_without_graph(padded, weight, bias)[: len(rows)]
             for block, wanted in _blocks(logits, targets):
                 log_probs = block.log_softmax(1, dtype)
                 loss_sum -= log_probs.gather(1, wanted[:, None]).sum()

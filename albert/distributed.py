@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from albert.errors import ConfigError, PeerLostError
+from albert.host_memory import keep_freed_memory
 
 _SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 _PEER_FAILURE = re.compile(
@@ -58,6 +59,8 @@ def init_world(device: str, timeout_s: float) -> World:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _choose_device(device, local_rank)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     # Read by DeepSpeed when it is imported; without it, a run on the CPU of a CUDA machine would mix the two.
     os.environ.setdefault("DS_ACCELERATOR", chosen.type)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))

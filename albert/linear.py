@@ -20,6 +20,7 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A function like `linear`."""
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_LEAST_STEP = 16
 
 
 class Linear(nn.Linear):
@@ -49,6 +50,17 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         kept = _packed_weights.get()
         return cast(Tensor, _OneDnnLinear.apply(rows, weight, bias, kept and kept.of(weight)))
     return F.linear(rows, weight, bias)
+
+
+def rows_to_add(rows: Tensor) -> int:
+    """How many rows [rows, features] lack to a number that is met often, at most a thirty-second of them or 15.
+
+    oneDNN compiles its products for every number of rows anew and keeps megabytes for each. With sequences of any
+    lengths, nearly every micro-batch would pay for that.
+    """
+    if not _suits_onednn(rows, rows):
+        return 0
+    return -len(rows) % max(_LEAST_STEP, 1 << (len(rows) // 64).bit_length())
 
 
 def product_without_graph(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from albert.activations import ACTIVATIONS
@@ -27,7 +28,7 @@ from albert.attention import (
     packed_layout,
 )
 from albert.batches import PackedBatch
-from albert.linear import Linear, PackedWeights, Product, linear, split_features
+from albert.linear import Linear, PackedWeights, Product, linear, rows_to_add, split_features
 from albert.model_config import ModelConfig
 
 
@@ -251,12 +252,16 @@ class AlbertModel(nn.Module):
             token of each sequence (None without a pooler).
         """
         embedded = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids)
-        first, layout = batch.cu_seqlens[:-1], packed_layout(batch)
+        num_tokens, first = len(embedded), batch.cu_seqlens[:-1]
+        filler = rows_to_add(embedded)
+        embedded, layout = F.pad(embedded, (0, 0, 0, filler)), packed_layout(batch, filler)
         if needed is None:
-            hidden = self.encoder(embedded, layout)
+            hidden = self.encoder(embedded, layout)[:num_tokens]
             return hidden, self._pool(hidden.index_select(0, first))
-        kept, places = kept_tokens(torch.cat([first, needed]), layout.cu_seqlens)
-        hidden = self.encoder(embedded, layout, kept).index_select(0, places)
+        wanted = torch.cat([first, needed])
+        again = wanted[:1].expand(rows_to_add(embedded[: len(wanted)]))
+        kept, places = kept_tokens(torch.cat([wanted, again]), layout.cu_seqlens)
+        hidden = self.encoder(embedded, layout, kept).index_select(0, places[: len(wanted)])
         return hidden[len(first) :], self._pool(hidden[: len(first)])
 
     def forward_padded(

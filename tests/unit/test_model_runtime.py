@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from albert.activations import ACTIVATIONS, gelu_new
 from albert.attention import PackedLayout, attend, packed_layout
 from albert.heads import AlbertForPreTraining
-from albert.linear import PackedWeights, linear, split_features
+from albert.linear import PackedWeights, linear, rows_to_add, split_features
 from albert.model_config import MODEL_PRESETS
 from albert.modeling import block_of_use
 
@@ -154,9 +154,12 @@ class CountKernels(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.counts = {}
+        self.rows = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
+        if isinstance(args[0] if args else None, torch.Tensor) and args[0].dim():
+            self.rows.add((name, len(args[0])))
         self.counts[name] = self.counts.get(name, 0) + 1
         return func(*args, **(kwargs or {}))
 
@@ -268,6 +271,25 @@ def test_weights_that_layers_share_are_laid_out_once_per_pass(checkpointing):
     )  # Q, K and V; attention output; both feed-forward matrices; and their transposes
     assert laid_out({"num_hidden_groups": 2}) == 4 * 2  # of the last group but one use has all tokens
     assert laid_out({"share_type": "none"}) == 0
+
+
+def test_sequences_of_any_lengths_are_multiplied_in_few_numbers_of_rows():
+    model = AlbertForPreTraining(tiny(vocab_size=60)).train()
+    with CountKernels() as counter:
+        for length in range(3, 33):
+            gradients(model, pretrain_batch(60, (32, length)))
+    seen = {rows for name, rows in counter.rows if name == "_linear_pointwise"}
+    assert {48, 64} <= seen  # tokens
+    assert len(seen) < 20  # and features, by the gradients of weights
+
+
+def test_rows_are_added_up_to_few_different_numbers():
+    for number in (1, 15, 16, 100, 901, 1024, 1843, 40_000):
+        total = number + rows_to_add(torch.ones(number, 4))
+        assert number <= total < number + max(16, number / 32 + 1)
+    totals = {n + rows_to_add(torch.ones(n, 4)) for n in range(1, 5000)}
+    assert len(totals) < 250
+    assert rows_to_add(torch.ones(33, 4, dtype=torch.bfloat16)) == 0
 
 
 def test_laid_out_weights_give_the_same_products_and_gradients():
