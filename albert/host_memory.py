@@ -11,16 +11,16 @@ _LARGEST = 32 * 2**20
 """The most that glibc takes. What is larger still goes back to the system at once."""
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory() -> bool:
     """Let the process keep what it has freed for what it allocates next, instead of giving it back to the system.
 
     A step frees and takes hundreds of megabytes, and every page that the system gives has to be mapped and cleared.
-    The process stays as large as it was at its peak. Does nothing where the C library is not glibc, or where the
-    environment sets glibc's MALLOC_* variables.
+    The process stays as large as it was at its peak.
+
+    Returns:
+        False where it does nothing: the C library is not glibc, or the environment sets glibc's MALLOC_* variables.
     """
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, _NEVER)
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST)
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, _NEVER) and mallopt(_M_MMAP_THRESHOLD, _LARGEST))
