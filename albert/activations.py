@@ -20,7 +20,8 @@ _CUBIC = 0.044715 * _LINEAR
 def gelu_new(x: Tensor) -> Tensor:
     """GELU by its approximation with tanh (Hendrycks and Gimpel 2016, section 2), as in Google's BERT and ALBERT.
 
-    For training in fp32 on a CPU in half the time of torch's operator, with equal results but for rounding.
+    For training in fp32 on a CPU in half the time of torch's operator, with equal results but for rounding. It then
+    overwrites x, which nothing else may use.
     """
     is_fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     if is_fp32_on_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -58,7 +58,7 @@ class PaddedLayout:
 def packed_layout(batch: PackedBatch, filler: int = 0) -> PackedLayout:
     """Layout of a packed batch, and of so many tokens after it that mean nothing."""
     runs = tuple((len(list(group)), length) for length, group in groupby(batch.lengths))
-    max_length = -(-batch.max_length // _MAX_LENGTH_STEP) * _MAX_LENGTH_STEP
+    max_length = -(-max(batch.max_length, filler) // _MAX_LENGTH_STEP) * _MAX_LENGTH_STEP
     cu_seqlens = batch.cu_seqlens
     if filler:
         runs = (*runs, (1, filler))

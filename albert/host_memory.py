@@ -18,9 +18,10 @@ def keep_freed_memory() -> bool:
     The process stays as large as it was at its peak.
 
     Returns:
-        False where it does nothing: the C library is not glibc, or the environment sets glibc's MALLOC_* variables.
+        False where it does nothing: the C library is not glibc, or the environment sets glibc up
+            (MALLOC_*, GLIBC_TUNABLES).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+    if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
     return bool(mallopt(_M_TRIM_THRESHOLD, _NEVER) and mallopt(_M_MMAP_THRESHOLD, _LARGEST))

@@ -114,9 +114,9 @@ class PackedWeights:
         self._made: dict[int, _PackedWeight] = {}
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Inside, `linear` takes its weights from here, and makes those that are missing."""
-        token = _packed_weights.set(self)
+    def in_use(self, is_reused: bool) -> Iterator[None]:
+        """Inside, `linear` takes its weights from here and makes those that are missing, if they are used again."""
+        token = _packed_weights.set(self if is_reused else None)
         try:
             yield
         finally:

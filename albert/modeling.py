@@ -9,7 +9,6 @@ joined into one matrix once per forward pass.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -222,9 +221,10 @@ class AlbertEncoder(nn.Module):
         kept: KeptTokens | None,
         packed: PackedWeights,
     ) -> Tensor:
-        is_shared = kept is None and self.attention_of_use[:-1].count(a) > 1
-        with packed.in_use() if is_shared else nullcontext():
-            return self.feed_forward[f](self.attention[a](hidden, *joined, layout, kept))
+        with packed.in_use(kept is None and self.attention_of_use[:-1].count(a) > 1):
+            hidden = self.attention[a](hidden, *joined, layout, kept)
+        with packed.in_use(kept is None and self.feed_forward_of_use[:-1].count(f) > 1):
+            return self.feed_forward[f](hidden)
 
 
 class AlbertModel(nn.Module):
@@ -253,8 +253,10 @@ class AlbertModel(nn.Module):
         """
         embedded = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids)
         num_tokens, first = len(embedded), batch.cu_seqlens[:-1]
-        filler = rows_to_add(embedded)
-        embedded, layout = F.pad(embedded, (0, 0, 0, filler)), packed_layout(batch, filler)
+        filler = rows_to_add(embedded) if torch.is_grad_enabled() else 0
+        layout = packed_layout(batch, filler)
+        if filler:
+            embedded = F.pad(embedded, (0, 0, 0, filler))
         if needed is None:
             hidden = self.encoder(embedded, layout)[:num_tokens]
             return hidden, self._pool(hidden.index_select(0, first))

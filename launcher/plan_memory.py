@@ -106,16 +106,15 @@ def _joined_values(model: ModelConfig) -> int:
 
 
 def _packed_bytes(model: ModelConfig, size: int) -> int:
-    """Shared weights and their transposes as oneDNN lays them out, see `albert/linear.py`: in fp32, on a CPU only."""
-    num_attention = num_blocks(model)[0]
-    if size != _FP32 or num_attention == model.num_layer_uses:
+    """Shared weights and their transposes as `albert/linear.py` lays them out in fp32; on a GPU this stays free."""
+    if size != _FP32:
         return 0
-    return (
-        _FP32
-        * 2
-        * num_attention
-        * (4 * model.hidden_size**2 + 2 * model.hidden_size * model.intermediate_size)
-    )
+    hidden, uses = model.hidden_size, model.num_layer_uses
+    sizes = (4 * hidden**2, 2 * hidden * model.intermediate_size)
+    shared = [
+        blocks * values for blocks, values in zip(num_blocks(model), sizes, strict=True) if blocks < uses
+    ]
+    return 2 * _FP32 * sum(shared)
 
 
 def _gradient_bytes(parameters: int, size: int, stage: int, share: dict[int, int]) -> int:

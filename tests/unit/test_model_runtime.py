@@ -270,6 +270,7 @@ def test_weights_that_layers_share_are_laid_out_once_per_pass(checkpointing):
         laid_out({}) == 4 * 2
     )  # Q, K and V; attention output; both feed-forward matrices; and their transposes
     assert laid_out({"num_hidden_groups": 2}) == 4 * 2  # of the last group but one use has all tokens
+    assert laid_out({"share_type": "attention"}) == laid_out({"share_type": "ffn"}) == 2 * 2
     assert laid_out({"share_type": "none"}) == 0
 
 
@@ -303,7 +304,7 @@ def test_laid_out_weights_give_the_same_products_and_gradients():
 
     plain = results()
     for _ in range(2):
-        with packed.in_use():
+        with packed.in_use(is_reused=True):
             inside = results()
         for mine, other in zip(inside, plain, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
