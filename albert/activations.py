@@ -39,19 +39,17 @@ class _CpuGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        gelu, slope = x, torch.empty_like(x)
         ctx.mark_dirty(x)
+        slope = torch.empty_like(x)
         linear, minus_two_linear, one = torch.tensor((_LINEAR, -2 * _LINEAR, 1.0)).unbind()
-        for part, y, s in zip(
-            *(each.view(-1).split(_CACHED_NUMBERS) for each in (x, gelu, slope)), strict=True
-        ):
-            torch.addcmul(linear, part, part, value=_CUBIC, out=s)
+        for y, s in zip(*(each.view(-1).split(_CACHED_NUMBERS) for each in (x, slope)), strict=True):
+            torch.addcmul(linear, y, y, value=_CUBIC, out=s)
             r = torch.add(minus_two_linear, s, alpha=3)
-            s.mul_(part).sigmoid_()
-            torch.mul(part, s, out=y)
+            s.mul_(y).sigmoid_()
+            y.mul_(s)
             s.lerp_(one, r.mul_(y))
         ctx.save_for_backward(slope)
-        return gelu
+        return x
 
     @staticmethod
     @once_differentiable

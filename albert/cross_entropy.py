@@ -62,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, dtype) if with_gradient else None
         size = max(1, LOGITS_AT_A_TIME // len(weight))
         for rows, targets in zip(hidden.split(size), labels.split(size), strict=True):
-            missing = rows_to_add(rows)
+            missing = rows_to_add(len(rows), rows)
             filled = F.pad(rows, (0, 0, 0, missing)) if missing else rows
             logits = product_without_graph(filled, weight, bias)[: len(rows)]
             for block, wanted in _blocks(logits, targets):

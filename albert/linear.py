@@ -47,20 +47,24 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         [rows, out_features]
     """
     if torch.is_grad_enabled() and _suits_onednn(rows, weight):
-        kept = _packed_weights.get()
-        return cast(Tensor, _OneDnnLinear.apply(rows, weight, bias, kept and kept.of(weight)))
+        packed = _packed_weights.get()
+        return cast(Tensor, _OneDnnLinear.apply(rows, weight, bias, packed and packed.of(weight)))
     return F.linear(rows, weight, bias)
 
 
-def rows_to_add(rows: Tensor) -> int:
-    """How many rows [rows, features] lack to a number that is met often, at most a thirty-second of them or 15.
+def rows_to_add(number: int, like: Tensor) -> int:
+    """How many rows `number` rows lack to a number that is met often, at most a thirty-second of them or 15.
 
-    oneDNN compiles its products for every number of rows anew and keeps megabytes for each. With sequences of any
+    A number of rows that oneDNN has not met costs it time, and the process megabytes for good. With sequences of any
     lengths, nearly every micro-batch would pay for that.
+
+    Args:
+        number: of rows of a factor.
+        like: [rows, features], of its kind; 0 is the answer where oneDNN does not compute with it.
     """
-    if not _suits_onednn(rows, rows):
+    if not _suits_onednn(like, like):
         return 0
-    return -len(rows) % max(_LEAST_STEP, 1 << (len(rows) // 64).bit_length())
+    return -number % max(_LEAST_STEP, 1 << (number // 64).bit_length())
 
 
 def product_without_graph(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -253,7 +253,7 @@ class AlbertModel(nn.Module):
         """
         embedded = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids)
         num_tokens, first = len(embedded), batch.cu_seqlens[:-1]
-        filler = rows_to_add(embedded) if torch.is_grad_enabled() else 0
+        filler = self._rows_to_add(num_tokens, embedded)
         layout = packed_layout(batch, filler)
         if filler:
             embedded = F.pad(embedded, (0, 0, 0, filler))
@@ -261,7 +261,7 @@ class AlbertModel(nn.Module):
             hidden = self.encoder(embedded, layout)[:num_tokens]
             return hidden, self._pool(hidden.index_select(0, first))
         wanted = torch.cat([first, needed])
-        again = wanted[:1].expand(rows_to_add(embedded[: len(wanted)]))
+        again = wanted[:1].expand(self._rows_to_add(len(wanted), embedded))
         kept, places = kept_tokens(torch.cat([wanted, again]), layout.cu_seqlens)
         hidden = self.encoder(embedded, layout, kept).index_select(0, places[: len(wanted)])
         return hidden[len(first) :], self._pool(hidden[: len(first)])
@@ -286,6 +286,11 @@ class AlbertModel(nn.Module):
         hidden = self.encoder(embedded, PaddedLayout(attention_mask.bool()))
         hidden = hidden.unflatten(0, (batch, seq))
         return hidden, self._pool(hidden[:, 0])
+
+    @staticmethod
+    def _rows_to_add(number: int, like: Tensor) -> int:
+        """Without a graph, `linear` leaves the products to torch, which takes any number of rows."""
+        return rows_to_add(number, like) if torch.is_grad_enabled() else 0
 
     def _pool(self, first: Tensor) -> Tensor | None:
         """Pooled output of the first tokens [batch, hidden]."""

@@ -266,9 +266,8 @@ def test_weights_that_layers_share_are_laid_out_once_per_pass(checkpointing):
             gradients(model, pretrain_batch(60))
         return counter.counts.get("_reorder_linear_weight", 0)
 
-    assert (
-        laid_out({}) == 4 * 2
-    )  # Q, K and V; attention output; both feed-forward matrices; and their transposes
+    # Q, K and V; attention output; both feed-forward matrices; and their transposes
+    assert laid_out({}) == 4 * 2
     assert laid_out({"num_hidden_groups": 2}) == 4 * 2  # of the last group but one use has all tokens
     assert laid_out({"share_type": "attention"}) == laid_out({"share_type": "ffn"}) == 2 * 2
     assert laid_out({"share_type": "none"}) == 0
@@ -286,11 +285,11 @@ def test_sequences_of_any_lengths_are_multiplied_in_few_numbers_of_rows():
 
 def test_rows_are_added_up_to_few_different_numbers():
     for number in (1, 15, 16, 100, 901, 1024, 1843, 40_000):
-        total = number + rows_to_add(torch.ones(number, 4))
+        total = number + rows_to_add(number, torch.ones(2, 4))
         assert number <= total < number + max(16, number / 32 + 1)
-    totals = {n + rows_to_add(torch.ones(n, 4)) for n in range(1, 5000)}
+    totals = {n + rows_to_add(n, torch.ones(2, 4)) for n in range(1, 5000)}
     assert len(totals) < 250
-    assert rows_to_add(torch.ones(33, 4, dtype=torch.bfloat16)) == 0
+    assert rows_to_add(33, torch.ones(2, 4, dtype=torch.bfloat16)) == 0
 
 
 def test_laid_out_weights_give_the_same_products_and_gradients():
