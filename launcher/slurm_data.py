@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections.abc import Mapping
 
 from albert.errors import ConfigError, DataError, DiskError, MissingInputError, PreemptedError, UnsafeError
 from launcher.allocation import Allocation
@@ -22,13 +23,13 @@ _VERDICTS = {error.exit_code for error in (DataError, MissingInputError, DiskErr
 def run_data(arguments: tuple[str, ...], allocation: Allocation, settings: SlurmSettings) -> int:
     """Run data preparation; it needs no watching, because a build that was killed goes on where it was.
 
-    That is why an end that is no verdict of data preparation is tried again here: a rank out of memory, or an MPI
-    that did not start, which happens about once in two hundred times with mpich under Slurm's pmi2.
+    That is why an end that is no verdict of data preparation is tried again here, as of a rank out of memory.
     """
     command = data_command(arguments, allocation, settings)
+    environment = {**os.environ, **mpi_variables(settings.mpi, os.environ)}
     code = 0
     for attempt in range(1, ATTEMPTS + 1):
-        ended = _run(command)
+        ended = _run(command, environment)
         if ended is None:
             return requeue(allocation, PreemptedError.exit_code)
         code = ended
@@ -38,12 +39,31 @@ def run_data(arguments: tuple[str, ...], allocation: Allocation, settings: Slurm
     return code
 
 
-def _run(command: list[str]) -> int | None:
+def mpi_variables(mpi: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables with which mpich's ranks find each other under Slurm's pmi2; other MPI libraries ignore them.
+
+    Slurm reads at most 1024 bytes of a request (handle_pmi1_cmd in its mpi/pmi2 plugin). mpich's UCX sends 4.6 KB in
+    pieces that may be longer than that, depending on what lay in the memory behind its address; then ranks fail or
+    wait for ever. The address of libfabric's TCP is one piece of 19 characters.
+
+    Args:
+        mpi: how srun starts MPI ranks.
+        environment: of the job; what it sets itself counts.
+    """
+    if mpi != "pmi2":
+        return {}
+    variables = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
+    if "GLOO_SOCKET_IFNAME" in environment:
+        variables["FI_TCP_IFACE"] = environment["GLOO_SOCKET_IFNAME"]
+    return {name: value for name, value in variables.items() if name not in environment}
+
+
+def _run(command: list[str], environment: Mapping[str, str]) -> int | None:
     """Exit code of srun; None if Slurm asked to stop."""
     with signals_held() as held:
         srun = subprocess.Popen(
             command,
-            env={**os.environ, "PYTHONPATH": python_path(os.environ)},
+            env={**environment, "PYTHONPATH": python_path(environment)},
             start_new_session=True,
             preexec_fn=child_setup(),  # noqa: PLW1509 - no threads here
         )

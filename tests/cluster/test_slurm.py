@@ -63,9 +63,13 @@ class Site:
         return fields
 
     def wait_for_step(self, run: str, step: int, timeout_s: float = 180) -> None:
-        wait_until(
-            lambda: max(steps(self.directory / run), default=0) >= step, timeout_s, f"{run}: no step {step}"
-        )
+        try:
+            wait_until(
+                lambda: max(steps(self.directory / run), default=0) >= step, timeout_s, f"no step {step}"
+            )
+        except AssertionError as error:
+            logs = sorted(self.directory.glob("slurm-logs/*.log"))
+            raise AssertionError("\n".join([f"{run}: {error}", *map(tail, logs)])) from None
 
 
 def steps(run: Path) -> dict[int, float]:
@@ -96,18 +100,19 @@ def shards(slurm, text, tokenizer, tmp_path_factory) -> Path:
     options = ["--parsable", "--nodes=2", "--ntasks-per-node=2", "--time=5"]
     settings = ["--max-seq-length", "32", "--eval-fraction", "0.1"]
     slurm.machines.variables["PYTHONPATH"] = str(ROOT)
-    template = slurm_template(directory, "data_prep")
+    template = slurm_template(directory, "data_prep", "--srun-option=--slurmd-debug=debug2")
     answer = slurm.machines.run("ctl", "sbatch", *options, template, *build, *settings, cwd=directory)
     site = Site(slurm, directory)
     site.wait_done(int(answer))
     return directory / "data"
 
 
-def slurm_template(directory: Path, name: str) -> Path:
-    """A template as somebody edits it by hand: only the interpreter is changed."""
+def slurm_template(directory: Path, name: str, *options: str) -> Path:
+    """A template as somebody edits it by hand: only the interpreter and options of the job are changed."""
     text = (ROOT / f"slurm/{name}.sbatch").read_text()
+    text = re.sub(r"^python=python3$", f"python={sys.executable}", text, flags=re.MULTILINE)
     path = directory / f"{name}.sbatch"
-    path.write_text(re.sub(r"^python=python3$", f"python={sys.executable}", text, flags=re.MULTILINE))
+    path.write_text(text.replace("\njob_options=()\n", f"\njob_options=({' '.join(options)})\n"))
     return path
 
 
@@ -146,6 +151,16 @@ def finetune_data(directory: Path) -> Path:
 def _pairs() -> list[tuple[str, str, str]]:
     words, states = ("file", "path", "logger", "parser"), ("open", "closed", "new")
     return [(word, other, state) for word in words for other in words for state in states]
+
+
+def test_mpi_ranks_say_where_they_are_in_short_requests(shards):
+    """Slurm's pmi2 reads 1024 bytes of a request, with a key and its value; the log has the values in its answers."""
+    (log,) = shards.parent.glob("slurm-logs/*.log")
+    text = log.read_text()
+    assert text.count("cmd=barrier_out") >= 4  # it is the log in which they would be
+    values = re.findall(r"cmd=get_result rc=0 value=(\S+)", text)
+    assert len(values) >= 4
+    assert max(map(len, values)) < 100
 
 
 def test_data_pretrain_requeue_resume_finetune_as_one_chain(site, text, tokenizer, straight):

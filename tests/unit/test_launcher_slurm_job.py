@@ -7,7 +7,7 @@ from launcher import requeue
 from launcher.allocation import Allocation, read_allocation, run_slurm_command
 from launcher.outcome import RankEnd
 from launcher.requeue import excluded_nodes
-from launcher.slurm_data import data_command, run_data
+from launcher.slurm_data import data_command, mpi_variables, run_data
 from launcher.slurm_preflight import bad_nodes, preflight_arguments
 from launcher.slurm_ranks import SlurmSettings, last_error
 
@@ -66,6 +66,13 @@ def test_data_preparation_gets_ranks_workers_or_a_part(arguments, part, options,
     place = command.index("-m")
     assert " ".join(command[2 : place - 2]) == options
     assert command[place + 1 :] == ["data_prep", *words.split()]
+
+
+def test_mpi_ranks_find_each_other_over_tcp_unless_the_job_says_otherwise():
+    assert mpi_variables("pmi2", {}) == {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
+    own = {"FI_PROVIDER": "verbs", "GLOO_SOCKET_IFNAME": "ib0"}
+    assert mpi_variables("pmi2", own) == {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_TCP_IFACE": "ib0"}
+    assert mpi_variables("pmix", {}) == {}
 
 
 @pytest.mark.parametrize("arguments", [("audit", "d"), ("build", "--mpi")])
