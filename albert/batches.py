@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 class Movable:
-    """Moves every tensor field (and nested batch) to a device."""
+    """Moves every tensor field (and nested batch) to a device, or as plain bytes to another process."""
 
     def to(self, device: torch.device | str) -> Self:
         """A copy on `device`; to a GPU through pinned memory, or the host would wait for all kernels before it."""
@@ -19,9 +20,14 @@ class Movable:
             return self._changed(lambda tensor: tensor.to(device))
         return self._changed(lambda tensor: _pinned(tensor).to(device, non_blocking=True))
 
-    def clone(self) -> Self:
-        """A copy in memory of its own."""
-        return self._changed(Tensor.clone)
+    def __getstate__(self) -> dict[str, Any]:
+        """Arrays: every tensor would cross with a file descriptor and a handshake, 0.8 ms each. CPU only."""
+        return {name: v.numpy() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The tensors again."""
+        for name, value in state.items():
+            vars(self)[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
         changed = {}

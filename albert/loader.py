@@ -25,8 +25,6 @@ from albert.shards import ShardReader
 from albert.tokenization import load_tokenizer
 
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-_IN_WORKER = "in DataLoader worker"
-"""In what torch says of an error that a worker met and handed over."""
 
 
 @dataclass(frozen=True)
@@ -271,18 +269,11 @@ class TrainLoader:
             pin_memory=False,
         )
         micro_batches = iter(loader)
-        # A tensor from another process holds a file descriptor: too many for a step of many micro-batches.
-        own = PretrainBatch.clone if workers else _identity
         try:
             for _ in range(first_step, self._plan.num_steps):
-                yield [own(next(micro_batches)) for _ in range(self._plan.accumulation_steps)]
+                yield [next(micro_batches) for _ in range(self._plan.accumulation_steps)]
         except AlbertError as error:
             raise type(error)(_message_of_worker(error)) from None
-        except (EOFError, ConnectionError, FileNotFoundError) as error:
-            if not workers or _IN_WORKER in str(error):
-                raise
-            # It was lost while it handed a batch over; torch words it so where it notices that itself.
-            raise RuntimeError(f"DataLoader worker exited unexpectedly: {type(error).__name__}") from error
         finally:
             # Workers ignore signals; left to the interpreter's exit, it would wait for them for ever.
             getattr(micro_batches, "_shutdown_workers", lambda: None)()

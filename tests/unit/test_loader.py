@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,7 @@ def test_a_damaged_block_in_a_loader_process_says_the_same_and_leaves_nothing_be
 
 
 def test_a_step_of_many_micro_batches_keeps_no_files_open(dataset, manifest):
-    """Tensors from a loader process come with a descriptor each; 150 micro-batches were more than the usual 1024."""
+    """Tensors that torch shares have a descriptor each; 150 micro-batches were more than the usual 1024."""
 
     def open_files() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
@@ -171,7 +172,7 @@ def test_a_step_of_many_micro_batches_keeps_no_files_open(dataset, manifest):
     with contextlib.closing(TrainLoader(config, manifest, plan, seed=5).steps(0, 0)) as steps:
         before = open_files()
         held = list(steps)
-        assert open_files() < before + 40
+        assert open_files() <= before
     in_process = TrainLoader(config.model_copy(update={"num_workers": 0}), manifest, plan, seed=5).steps(0, 0)
     for step, expected in zip(held, in_process, strict=True):
         assert [examples_of(batch) for batch in step] == [examples_of(batch) for batch in expected]
@@ -183,6 +184,20 @@ def test_a_dataset_that_does_not_fit_the_model_is_refused(manifest):
         check_dataset(manifest, 30000, MAX_LENGTH, "shards")
     with pytest.raises(ConfigError, match="build shards with --max-seq-length 16"):
         check_dataset(manifest, VOCAB_SIZE, 16, "shards")
+
+
+def test_a_batch_crosses_to_another_process_as_bytes(dataset, manifest):
+    source = ExampleSource(str(dataset), manifest, "eval", cached_blocks=1)
+    batch = source.batch(source.first_rows(3))
+    message = ForkingPickler.dumps(batch)  # as torch's loader sends it; a shared tensor would be a few names
+    ids = batch.sequences.input_ids
+    assert ids.numpy().tobytes() in bytes(message)
+    assert not ids.is_shared()
+    received = ForkingPickler.loads(message)
+    assert type(received) is type(batch)
+    assert examples_of(received) == examples_of(batch)
+    assert received.sequences.lengths == batch.sequences.lengths
+    assert received.sequences.cu_seqlens.equal(batch.sequences.cu_seqlens)
 
 
 def test_batches_move_as_a_whole(dataset, manifest):
