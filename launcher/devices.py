@@ -29,6 +29,8 @@ class Device:
     """To the other devices of the node, one direction."""
     runtime_bytes: int = 0
     """What libraries take beside tensors, where memory is the process's own; on GPUs the reserve holds it."""
+    compute_capability: tuple[int, int] | None = None
+    """Of a GPU: bf16 products need 8.0, float8 products 8.9."""
 
     @property
     def usable_bytes(self) -> int:
@@ -52,21 +54,33 @@ class Device:
 
 
 def _gpu(
-    name: str, memory_gib: float, tflops_16_bit: float, tflops_fp32: float, link_gb_per_s: float
+    name: str,
+    capability: tuple[int, int],
+    memory_gib: float,
+    tflops_16_bit: float,
+    tflops_fp32: float,
+    link_gb_per_s: float,
 ) -> Device:
-    return Device(name, int(memory_gib * 2**30), tflops_16_bit, tflops_fp32, link_gb_per_s * 1e9)
+    return Device(
+        name,
+        int(memory_gib * 2**30),
+        tflops_16_bit,
+        tflops_fp32,
+        link_gb_per_s * 1e9,
+        compute_capability=capability,
+    )
 
 
 DEVICES = {
     device.name: device
     for device in (
-        _gpu("h200", 139, 989, 67, 360),
-        _gpu("h100", 79, 989, 67, 360),
-        _gpu("a100-80", 79, 312, 19.5, 240),
-        _gpu("a100-40", 39, 312, 19.5, 240),
-        _gpu("l40s", 44, 362, 91, 25),
-        _gpu("v100", 31, 125, 15.7, 120),
-        _gpu("rtx4090", 23, 165, 82, 25),
+        _gpu("h200", (9, 0), 139, 989, 67, 360),
+        _gpu("h100", (9, 0), 79, 989, 67, 360),
+        _gpu("a100-80", (8, 0), 79, 312, 19.5, 240),
+        _gpu("a100-40", (8, 0), 39, 312, 19.5, 240),
+        _gpu("l40s", (8, 9), 44, 362, 91, 25),
+        _gpu("v100", (7, 0), 31, 125, 15.7, 120),
+        _gpu("rtx4090", (8, 9), 23, 165, 82, 25),
         Device("cpu", 16 * 2**30, 0.1, 0.05, 5e9, 96 * 2**20),
     )
 }

@@ -137,12 +137,27 @@ def _bandwidth(request: PlanRequest) -> float:
 
 def _with_advice(plan: Plan, request: PlanRequest) -> Plan:
     findings = [
+        _precision_advice(request),
         _memory_advice(plan, request),
         _stage_advice(plan, request),
         _checkpointing_advice(plan, request),
     ]
     findings += [_micro_batch_advice(plan, request), _scaling_advice(plan, request)]
     return replace(plan, advice=tuple(text for text in findings if text))
+
+
+def _precision_advice(request: PlanRequest) -> str | None:
+    train, device = request.config.train, request.device
+    capability = device.compute_capability
+    if train.precision == "bf16" and capability is not None and capability < (8, 0):
+        return f"{device.name} has no bf16 products (compute capability 8.0 or later has): use train.precision=fp16"
+    if train.fp8 != "on":
+        return None
+    if capability is None or capability < (8, 9):
+        return (
+            f"{device.name} has no float8 products (compute capability 8.9 or later has): use train.fp8=off"
+        )
+    return "the times are those of bf16 products; float8's are shorter, which is not predicted here"
 
 
 def _memory_advice(plan: Plan, request: PlanRequest) -> str | None:

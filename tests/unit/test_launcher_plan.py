@@ -106,6 +106,27 @@ def test_a_micro_batch_that_does_not_fit_gets_one_that_does():
     assert any("does not fit: at most" in text and "use train.micro_batch_size=32" in text for text in advice)
 
 
+@pytest.mark.parametrize(
+    ("device", "overrides", "advice"),
+    [
+        (
+            "v100",
+            [],
+            "v100 has no bf16 products (compute capability 8.0 or later has): use train.precision=fp16",
+        ),
+        ("a100-80", ["train.fp8=on"], "a100-80 has no float8 products"),
+        ("h100", ["train.fp8=on"], "the times are those of bf16 products"),
+    ],
+)
+def test_a_precision_that_the_device_lacks_is_named(device, overrides, advice):
+    assert any(
+        advice in text for text in make_plan(request("xlarge", *overrides, nodes=2, device=device)).advice
+    )
+    assert not any(
+        "products" in text for text in make_plan(request("xlarge", nodes=2, device="a100-80")).advice
+    )
+
+
 def test_too_many_nodes_for_the_work_are_named():
     plan = make_plan(request("base", "train.micro_batch_size=8", nodes=64, network=100))
     assert any("of a step is communication; fewer nodes" in text for text in plan.advice)
