@@ -23,6 +23,8 @@ _MAX_LENGTH_STEP = 128
 _FLASH_HEAD_DIM_STEP = 8
 """Flash attention wants head sizes in multiples of 8; albert_tiny has 312 / 12 = 26."""
 _FLASH_MAX_HEAD_DIM = 256
+_FLASH_FIRST_CAPABILITY = (8, 0)
+"""Ampere; the kernel refuses V100 and T4, which take one call for every number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,19 @@ def _attend_all_for_kept(
     return attend(qkv, layout, dropout).index_select(0, kept.indices)
 
 
+def has_flash_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether one kernel takes all sequences of a packed batch, of any lengths."""
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    return is_half and head_dim <= _FLASH_MAX_HEAD_DIM and _is_ampere_or_newer(device)
+
+
+@torch.compiler.assume_constant_result
+def _is_ampere_or_newer(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FLASH_FIRST_CAPABILITY
+
+
 def _has_flash_kernel(x: Tensor) -> bool:
-    is_half = x.dtype in (torch.float16, torch.bfloat16)
-    return x.is_cuda and is_half and x.shape[-1] <= _FLASH_MAX_HEAD_DIM
+    return has_flash_kernel(x.device, x.dtype, x.shape[-1])
 
 
 def _attend_flash(

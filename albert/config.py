@@ -89,7 +89,8 @@ class TrainConfig(_Section):
     activation_checkpointing: bool = False
     """Recompute every layer in the backward pass: 25 % slower, far less memory."""
     compile: Switch = "auto"
-    """torch.compile of the shared layer; auto compiles on CUDA only."""
+    """torch.compile of the shared layer. auto: on GPUs since Ampere in 16 bits without attention dropout; elsewhere
+    every new set of lengths would be compiled anew."""
     max_nonfinite_steps: int = Field(default=3, ge=1)
     """Stop with exit code 70 after this many steps in a row with a NaN or infinite loss or gradient."""
     replica_check_interval_steps: int = Field(default=0, ge=0)

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import os
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ def init_world(device: str, timeout_s: float) -> World:
         timeout_s: longest time that a collective may take.
 
     Raises:
-        ConfigError: CUDA was asked for and is not there.
+        ConfigError: CUDA was asked for and is not there, or two ranks would compute on one GPU.
     """
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
         os.environ.update({ours: os.environ[slurms] for ours, slurms in _SLURM_NAMES.items()})
@@ -61,9 +62,7 @@ def init_world(device: str, timeout_s: float) -> World:
     chosen = _choose_device(device, local_rank)
     if chosen.type == "cpu":
         keep_freed_memory()
-    # Read by DeepSpeed when it is imported; without it, a run on the CPU of a CUDA machine would mix the two.
-    os.environ.setdefault("DS_ACCELERATOR", chosen.type)
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    _tell_deepspeed(chosen, local_rank)
     timeout = datetime.timedelta(seconds=timeout_s)
     # DeepSpeed makes groups without naming a timeout; torch's default would let them wait for 30 minutes.
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
@@ -72,6 +71,8 @@ def init_world(device: str, timeout_s: float) -> World:
     if size > 1:
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
     store.set_timeout(timeout)
+    if chosen.type == "cuda":
+        _refuse_shared_gpu(store, f"{socket.gethostname()} {torch.cuda.get_device_properties(chosen).uuid}")
     groups = dist.PrefixStore("groups", store)
     dist.init_process_group(backend, store=groups, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, local_rank, chosen, store)
@@ -81,10 +82,38 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise ConfigError("train.device (cuda): no CUDA device is visible; use train.device=cpu or auto")
-    if device == "cpu" or not available:
+    if device == "cpu" or not available or (device == "auto" and os.environ.get("DS_ACCELERATOR") == "cpu"):
         return torch.device("cpu")
     torch.cuda.set_device(local_rank % torch.cuda.device_count())
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _tell_deepspeed(device: torch.device, local_rank: int) -> None:
+    """Name the device as DeepSpeed looks for it: the accelerator when it is imported, LOCAL_RANK for its number.
+
+    A rank that sees one GPU only has number 0 there, whatever its place on the node.
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
+    os.environ["LOCAL_RANK"] = str(local_rank if device.index is None else device.index)
+    # DeepSpeed insists that both are equal.
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
+
+
+def _refuse_shared_gpu(store: dist.Store, gpu: str) -> None:
+    """NCCL refuses it too, later and in other words.
+
+    Args:
+        store: of all ranks.
+        gpu: host and identity of the GPU.
+
+    Raises:
+        ConfigError: another rank computes on it.
+    """
+    if store.add(f"ranks of {gpu}", 1) > 1:
+        raise ConfigError(
+            f"two ranks would compute on one GPU ({gpu}): start at most one rank for each GPU, "
+            "or compute on the CPU (train.device=cpu; for fine-tuning --device=cpu)"
+        )
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ from albert.deepspeed_config import zero_stage
 from albert.distributed import World, group_rank_and_size
 from albert.errors import ConfigError
 from albert.optim.lamb import STATE_KEYS, build_optimizer
+from albert.precision import computes_bf16
 
 deepspeed_logger.setLevel(logging.ERROR)
 # DeepSpeed calls collectives by names that newer torch versions deprecate, once per rank and run.
@@ -90,7 +91,7 @@ class Engine:
         self.device = world.device
         self.world = world
         self.optimizer = build_optimizer(model, optimizer)
-        _check_precision(deepspeed_config)
+        _check_precision(deepspeed_config, world.device)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory tables
             self._engine, *_ = deepspeed.initialize(
                 model=model.to(world.device), optimizer=self.optimizer, config=deepspeed_config
@@ -295,12 +296,12 @@ class Engine:
 _LOSS_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def _check_precision(deepspeed_config: dict[str, Any]) -> None:
-    accelerator = get_accelerator()
-    supported = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
+def _check_precision(deepspeed_config: dict[str, Any], device: torch.device) -> None:
+    supported = {"bf16": computes_bf16(device), "fp16": bool(get_accelerator().is_fp16_supported())}
     for precision, is_supported in supported.items():
-        if deepspeed_config[precision]["enabled"] and not is_supported():
+        if deepspeed_config[precision]["enabled"] and not is_supported:
+            others = [name for name, is_there in supported.items() if is_there]
             raise ConfigError(
-                f"train.precision ({precision}): this {accelerator.device_name()} does not compute in it; "
-                f"use {'bf16 or ' if precision == 'fp16' else ''}fp32"
+                f"train.precision ({precision}): this {device.type} does not compute in it; "
+                f"use {' or '.join([*others, 'fp32'])}"
             )

@@ -57,13 +57,15 @@ class AlbertHead(nn.Module):
         self.albert.encoder.activation_checkpointing = enabled
 
     def compile_layers(self, **options: Any) -> None:
-        """Compile the blocks; code that many layer uses share is compiled once.
+        """Compile the blocks; code that many layer uses share is compiled once, for all numbers of tokens.
+
+        Left to find out what varies, the compiler would make more versions than it allows, and give up in silence.
 
         Args:
             options: of `torch.compile`.
         """
         for block in (*self.albert.encoder.attention, *self.albert.encoder.feed_forward):
-            block.compile(**options)
+            block.compile(**{"dynamic": True, **options})
 
     def use_product(self, product: Product) -> None:
         """Compute the matrix products of the blocks with another function than `albert.linear.linear`."""

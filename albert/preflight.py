@@ -130,11 +130,15 @@ def try_step(config: RunConfig, world: World) -> list[str]:
 
     from albert.batches import PretrainBatch, pack
     from albert.heads import AlbertForPreTraining
+    from albert.precision import DTYPES, computes_bf16
 
+    precision = config.train.precision
+    if precision == "bf16" and not computes_bf16(world.device):
+        return [f"train.precision (bf16): {world.device} does not compute in it; use fp16 or fp32"]
     small = {"hidden_size": 64, "embedding_size": 16, "intermediate_size": 128, "num_attention_heads": 2}
     model_config = config.model.model_copy(update={**small, "num_hidden_layers": 2, "num_hidden_groups": 1})
     try:
-        model = AlbertForPreTraining(model_config).to(world.device)
+        model = AlbertForPreTraining(model_config).to(world.device, DTYPES[precision])
         ids = torch.full((32,), 5)
         packed = pack(ids, torch.zeros_like(ids), (16, 16))
         places = torch.tensor([1, 17])

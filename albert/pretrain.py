@@ -220,8 +220,16 @@ def _build_engine(config: RunConfig, placement: Placement, world: World) -> Engi
 
 
 def _compiles(config: RunConfig, world: World) -> bool:
-    switch = config.train.compile
-    return switch == "on" or (switch == "auto" and world.device.type == "cuda")
+    """auto: where one kernel attends to all sequences; without it every new set of lengths is compiled anew."""
+    from albert.attention import has_flash_kernel
+    from albert.precision import DTYPES
+
+    model, train = config.model, config.train
+    if train.compile != "auto":
+        return train.compile == "on"
+    head_dim = model.hidden_size // model.num_attention_heads
+    has_kernel = has_flash_kernel(world.device, DTYPES[train.precision], head_dim)
+    return has_kernel and model.attention_probs_dropout_prob == 0.0
 
 
 def _hang_timeout_s(config: RunConfig, world: World) -> float:

@@ -67,8 +67,7 @@ class Interval:
             sums: [2 or more] this rank's MLM and SOP loss, summed over predictions; not waited for.
             counts: of the step.
         """
-        divisors = torch.tensor([counts.preds, max(counts.orders, 1.0)]).to(sums.device)
-        self.losses.append(sums[:2] / divisors)
+        self.losses.append(torch.stack([sums[0] / counts.preds, sums[1] / max(counts.orders, 1.0)]))
         self.tokens += counts.tokens
         self.num_steps += 1
         self.flops += step_flops(

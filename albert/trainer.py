@@ -25,6 +25,7 @@ from albert.loss_spikes import SkippedStep, SpikeDetector
 from albert.monitoring import Monitor, measure_matmul_flops_per_s
 from albert.nonfinite import first_bad_tensors
 from albert.optim.schedules import learning_rate
+from albert.precision import DTYPES
 from albert.probes import Probes
 from albert.profiling import step_profiler
 from albert.replicas import check_replicas
@@ -36,7 +37,6 @@ from albert.watchdog import Watchdog
 
 _DROPOUT_STREAM = 2
 _PROBE_POLL_S = 0.5
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Trainer:
@@ -70,7 +70,7 @@ class Trainer:
         self.evaluator, self.monitor, self.stop = evaluator, monitor, stop
         self.checkpoints, self.watchdog = checkpoints, watchdog
         self.step, self.position = 0, 0
-        self._matmul_flops_per_s = measure_matmul_flops_per_s(engine.device, _DTYPES[config.train.precision])
+        self._matmul_flops_per_s = measure_matmul_flops_per_s(engine.device, DTYPES[config.train.precision])
         self._nonfinite_in_a_row = 0
         self._interval = Interval()
         self._spikes = SpikeDetector(config.spikes)

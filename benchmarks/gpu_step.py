@@ -36,6 +36,7 @@ _MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
 
 def measure(name: str, length: int, options: argparse.Namespace) -> None:
     """Run one model at one length and print its figure."""
+    torch.compiler.reset()  # models share their code, and the compiler keeps few versions of it
     device = torch.device(options.device)
     lengths = (length,) * max(1, options.tokens // length)
     config = MODEL_PRESETS[name].model_copy(

@@ -29,6 +29,7 @@ import torch
 
 from albert.manifest import write_manifest
 from albert.monitoring import read_metrics
+from albert.precision import default_precision
 from benchmarks.figure import print_figure
 from benchmarks.loader import write_dataset
 from benchmarks.small_run import SMALL_MODEL, run_overrides
@@ -145,7 +146,8 @@ def _options() -> argparse.Namespace:
             f"--ranks {options.ranks}: an efficiency needs more than one rank with a core or GPU each, "
             f"here are {num_places()}; choose other numbers of ranks or another machine"
         )
-    options.precision = options.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options.precision = options.precision or default_precision(device)
     return options
 
 

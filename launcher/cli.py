@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 from albert.errors import ConfigError, run_command
@@ -14,7 +13,7 @@ from launcher.checks import check_num_ranks, check_pretrain
 from launcher.demo import add_demo_command
 from launcher.hosts_cli import add_hosts_command
 from launcher.job import PROGRAMS, Job
-from launcher.local import plan_local
+from launcher.local import count_gpus, plan_local
 from launcher.plan_cli import add_plan_command
 from launcher.progress import run_directory
 from launcher.slurm_cli import add_slurm_command
@@ -135,13 +134,6 @@ def data_workers(arguments: tuple[str, ...], num_workers: int) -> tuple[str, ...
     if any(word == "--workers" or word.startswith("--workers=") for word in arguments):
         raise ConfigError("--workers: -n says the same; give one of them")
     return (*arguments, "--workers", str(num_workers))
-
-
-def count_gpus(environment: dict[str, str] | os._Environ[str]) -> int:
-    """NVIDIA GPUs that ranks may use."""
-    if "CUDA_VISIBLE_DEVICES" in environment:
-        return len([name for name in environment["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()])
-    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
 
 
 def _main() -> None:

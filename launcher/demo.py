@@ -26,6 +26,7 @@ from albert.config import load_run_config
 from albert.durable_files import write_file_durably
 from albert.errors import AlbertError, MissingInputError, PreemptedError, UnsafeError
 from launcher.demo_report import write_report
+from launcher.local import count_gpus
 from launcher.process import child_setup
 
 STATE_NAME = "demo.json"
@@ -147,9 +148,10 @@ def demo_stages(plan: DemoPlan) -> list[Stage]:
     recipe = load_run_config("demo")
     steps = plan.pretrain_steps or recipe.train.num_steps
     warmup = min(recipe.schedule.warmup_steps, steps // 4)
+    device = "auto" if count_gpus(os.environ) >= plan.num_ranks else "cpu"  # ranks cannot share a GPU
     pretrain = (
         "launcher", "local", "-n", str(plan.num_ranks), "pretrain", "--config", "demo",
-        f"data.directory={shards}", f"train.output_dir={out / 'pretrain'}",
+        f"data.directory={shards}", f"train.output_dir={out / 'pretrain'}", f"train.device={device}",
         f"train.num_steps={steps}", f"schedule.warmup_steps={warmup}",
         f"eval.interval_steps={max(steps // 8, min(steps, 50))}",
     )  # fmt: skip
@@ -157,7 +159,7 @@ def demo_stages(plan: DemoPlan) -> list[Stage]:
     finetune = (
         "launcher", "local", "-n", str(plan.num_ranks), "finetune", "--task", "demo",
         "--data-dir", str(pairs), "--model", str(out / "pretrain/model"), "--output", str(out / "finetune"),
-        "--do-train", "--do-eval", "--do-test",
+        "--do-train", "--do-eval", "--do-test", "--device", device,
         "--max-steps", str(finetune_steps), "--eval-interval-steps", str(max(1, finetune_steps // 3)),
     )  # fmt: skip
     own = ("--input", plan.corpus) if plan.corpus else ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -96,6 +97,14 @@ def with_defaults(job: Job, environment: Mapping[str, str]) -> Job:
         added["CUDA_VISIBLE_DEVICES"] = environment["CUDA_VISIBLE_DEVICES"]
     variables = (*job.environment, *added.items())
     return replace(job, environment=variables, status_directory=str(directory))
+
+
+def count_gpus(environment: Mapping[str, str]) -> int:
+    """NVIDIA GPUs that ranks may use; CUDA ignores what follows an empty or negative number in the list."""
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        names = [name.strip() for name in environment["CUDA_VISIBLE_DEVICES"].split(",")]
+        return len(list(itertools.takewhile(lambda name: name and not name.startswith("-"), names)))
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
 
 
 def run_local(run: LocalRun) -> int:

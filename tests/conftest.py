@@ -8,6 +8,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Only `pytest tests/gpu` sees a GPU: other tests have the ranks, times and figures of a CPU wherever they run.
+    if not all("gpu" in argument.partition("::")[0].split("/") for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that take longer than a minute")
 

@@ -67,7 +67,7 @@ _SETTINGS: dict[str, tuple[type, str]] = {
 }
 _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "schedule": (("linear", "cosine", "constant"), "learning rate after the warm-up"),
-    "precision": (("auto", "bf16", "fp16", "fp32"), "auto: bf16 on CUDA, fp32 on CPU"),
+    "precision": (("auto", "bf16", "fp16", "fp32"), "auto: bf16 on CUDA (fp16 before Ampere), fp32 on CPU"),
     "device": (("auto", "cpu", "cuda"), "auto takes CUDA where there is one"),
     "progress": (("auto", "on", "off"), "progress bar; auto: on a terminal"),
 }

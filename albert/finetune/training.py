@@ -25,6 +25,7 @@ from albert.finetune.settings import FinetuneSettings
 from albert.finetune.task_card import TaskCard
 from albert.model_config import model_config_bytes
 from albert.monitoring import Monitor
+from albert.precision import default_precision
 from albert.pretrained import load_pretrained, save_pretrained
 from albert.stopping import StopRequest
 from albert.watchdog import Watchdog
@@ -43,7 +44,7 @@ def build_engine(model: torch.nn.Module, settings: FinetuneSettings, world: Worl
     """The pretrainer's engine with AdamW."""
     precision = settings.precision
     if precision == "auto":
-        precision = "bf16" if world.device.type == "cuda" else "fp32"
+        precision = default_precision(world.device)
     micro, accumulation = settings.micro_batches(world.size)
     placement = complete_placement(
         read_placement(settings.deepspeed),

@@ -70,6 +70,7 @@ def test_compiled_steps_of_several_shapes_are_near_bf16_and_those_not_compiled(c
     model.use_product(fp8_product("on", DEVICE))
     in_float8 = [step(model, batch) for batch in batches]
     model.activation_checkpointing = checkpointing
+    torch.compiler.reset()
     model.compile_layers(**COMPILE_OPTIONS)
     for batch, bf16, float8 in zip(batches, in_bf16, in_float8, strict=True):
         compiled = step(model, batch)

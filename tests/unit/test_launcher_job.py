@@ -13,7 +13,7 @@ from albert.errors import ConfigError, MissingInputError
 from launcher import cli
 from launcher.checks import check_pretrain
 from launcher.job import Job, Rendezvous
-from launcher.local import LocalRun, free_port, plan_local
+from launcher.local import LocalRun, count_gpus, free_port, plan_local
 from launcher.rank import rank_place
 
 SAFE = set(string.ascii_letters + string.digits + "-_=")
@@ -138,9 +138,11 @@ def test_data_preparation_starts_its_own_processes():
     assert cli.data_workers(("verify", "x"), 1) == ("verify", "x")
 
 
-@pytest.mark.parametrize(("visible", "count"), [("", 0), ("0", 1), ("2,5,7", 3), ("GPU-a,GPU-b", 2)])
+@pytest.mark.parametrize(
+    ("visible", "count"), [("", 0), ("0", 1), ("2,5,7", 3), ("GPU-a,GPU-b", 2), ("-1", 0), ("0, 1,-1,2", 2)]
+)
 def test_visible_devices_give_the_number_of_ranks(visible, count):
-    assert cli.count_gpus({"CUDA_VISIBLE_DEVICES": visible}) == count
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": visible}) == count
 
 
 def test_a_missing_dataset_is_not_looked_for_on_every_rank():
