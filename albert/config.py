@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from albert.addresses import check_address, is_remote
+from albert.config_files import read_yaml
 from albert.errors import ConfigError, MissingInputError
 from albert.model_config import MODEL_PRESETS, ModelConfig, read_model_config
 from albert.shard_cache import CacheOptions, default_cache_directory
@@ -271,11 +272,10 @@ def _cross_problems(config: RunConfig) -> list[str]:
             f"optimizer.learning_rate ({config.optimizer.learning_rate})"
         )
     if train.global_batch_size % train.micro_batch_size:
-        below = train.global_batch_size // train.micro_batch_size * train.micro_batch_size
-        near = [size for size in (below, below + train.micro_batch_size) if size]
         problems.append(
             f"train.global_batch_size ({train.global_batch_size}) is not a multiple of "
-            f"train.micro_batch_size ({train.micro_batch_size}); nearest multiples are {' and '.join(map(str, near))}"
+            f"train.micro_batch_size ({train.micro_batch_size}); take a multiple of {train.micro_batch_size} x "
+            f"world_size, or a train.micro_batch_size that divides {train.global_batch_size} / world_size"
         )
     if config.probe.interval_steps and not (config.probe.task and config.probe.data):
         problems.append(
@@ -308,11 +308,16 @@ def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
     per_pass = config.train.micro_batch_size * world_size
     if config.train.global_batch_size % per_pass:
         below = config.train.global_batch_size // per_pass * per_pass
-        near = [size for size in (below, below + per_pass) if size]
+        near = f"nearest multiples are {below} and {below + per_pass}" if below else f"take {per_pass}"
+        per_rank, rest = divmod(config.train.global_batch_size, world_size)
+        sizes = range(1, config.train.micro_batch_size + 1)
+        smaller = (
+            "" if rest else f", or set train.micro_batch_size={max(n for n in sizes if per_rank % n == 0)}"
+        )
         raise ConfigError(
             f"train.global_batch_size ({config.train.global_batch_size}) is not a multiple of "
             f"train.micro_batch_size ({config.train.micro_batch_size}) x world_size ({world_size}) = "
-            f"{per_pass}; nearest multiples are {' and '.join(map(str, near))}"
+            f"{per_pass}; {near}{smaller}"
         )
     return config.train.global_batch_size // per_pass
 
@@ -344,17 +349,13 @@ def load_run_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _read_yaml(recipe: str) -> dict[str, Any]:
     if recipe in recipe_names():
-        text = (importlib.resources.files("albert.recipes") / f"{recipe}.yaml").read_text()
+        raw = read_yaml(importlib.resources.files("albert.recipes") / f"{recipe}.yaml")
     elif Path(recipe).is_file():
-        text = Path(recipe).read_text()
+        raw = read_yaml(Path(recipe))
     else:
         raise MissingInputError(
             f"{recipe}: no such configuration file or recipe; recipes are {', '.join(recipe_names())}"
         )
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{recipe}: holds no sections; see the recipes for the form of a configuration")
     return raw
@@ -373,7 +374,7 @@ def _apply_override(raw: dict[str, Any], text: str) -> str | None:
         target = target[key]
     try:
         target[keys[-1]] = yaml.safe_load(value) if value else ""
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date such as 2024-13-01
         return f"override '{text}': the value is not valid YAML"
     return None
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from albert.config import RunConfig, gradient_accumulation_steps
+from albert.config_files import read_text
 from albert.errors import ConfigError, MissingInputError
 
 _OWNED = {
@@ -50,9 +51,9 @@ def read_placement(name: str) -> dict[str, Any]:
         ConfigError: lists every key that is unknown, owned by the run configuration, or refused.
     """
     if name in placement_names():
-        text = (importlib.resources.files("ds_configs") / f"{name}.json").read_text()
+        text = read_text(importlib.resources.files("ds_configs") / f"{name}.json")
     elif Path(name).is_file():
-        text = Path(name).read_text()
+        text = read_text(Path(name))
     else:
         raise MissingInputError(
             f"deepspeed.config: '{name}' is neither a file nor one of {', '.join(placement_names())}"
@@ -61,6 +62,8 @@ def read_placement(name: str) -> dict[str, Any]:
         placement = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{name}: not valid JSON: {error}") from error
+    if not isinstance(placement, dict):
+        raise ConfigError(f"{name}: holds no JSON object; see ds_configs for the form of a placement")
     problems = [problem for key, value in placement.items() if (problem := _key_problem(key, value))]
     if problems:
         raise ConfigError(f"{name}: " + f"\n{name}: ".join(problems))

@@ -70,6 +70,8 @@ class ConfigError(AlbertError, ValueError):
 
 
 _DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+_PATH_ERRNOS = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
+"""Of a path that the user named."""
 
 
 def run_command(main: Callable[[], None]) -> int:
@@ -90,10 +92,12 @@ def run_command(main: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in _DISK_ERRNOS:
+        is_path = error.errno in _PATH_ERRNOS and error.filename is not None
+        if error.errno not in _DISK_ERRNOS and not is_path:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"{prefix}error: {where}{error.strerror}; free space or choose another place\n")
+        advice = "change its permissions" if is_path else "free space"
+        sys.stderr.write(f"{prefix}error: {where}{error.strerror}; {advice} or choose another place\n")
         return DiskError.exit_code
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
@@ -19,6 +21,7 @@ from albert.config import DataConfig
 from albert.errors import AlbertError, ConfigError
 from albert.manifest import Manifest, dataset_tokenizer
 from albert.masking import MaskingPolicy, example_keys, remask_block
+from albert.processes import die_with_parent
 from albert.sample_order import Place, Ranges, SampleOrder, rank_share, step_positions
 from albert.shard_cache import CacheOptions
 from albert.shards import ShardReader
@@ -264,7 +267,7 @@ class TrainLoader:
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             collate_fn=_identity,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=functools.partial(_set_up_worker, os.getpid()),
             generator=torch.Generator(),
             pin_memory=False,
         )
@@ -288,8 +291,9 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def _ignore_signals(worker: int) -> None:  # noqa: ARG001
-    """A signal asks the trainer to stop at the end of a step; its loaders must live until then."""
+def _set_up_worker(trainer: int, worker: int) -> None:  # noqa: ARG001
+    """A signal asks the trainer to stop at the end of a step; its loaders must live until then, and no longer."""
+    die_with_parent(trainer, signal.SIGKILL)  # writing to a pipe that nobody reads, it would wait for ever
     torch.set_num_threads(1)
     for number in _HANDLED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -171,6 +171,40 @@ def dataset_tokenizer(directory: Path | str, manifest: Manifest, cache: CacheOpt
     return Path(directory) / entry.file
 
 
+def check_files(directory: Path, manifest: Manifest) -> None:
+    """Compare the files of a local dataset with its manifest as far as that is quick.
+
+    Every shard by its size; the tokenizer, which is copied beside every model, by its content.
+
+    Raises:
+        MissingInputError: files are missing; names the first one and how many.
+        DataError: likewise of shards that have another size; or the tokenizer differs.
+    """
+    tokenizer = directory / manifest.tokenizer.file
+    if not tokenizer.is_file():
+        raise MissingInputError(f"{tokenizer}: the dataset's tokenizer is missing; copy the dataset again")
+    if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
+        raise DataError(f"{tokenizer}: is not the tokenizer that the manifest names; copy the dataset again")
+    sizes = {shard.name: _size(directory / shard.name) for shard in manifest.shards}
+    if missing := [name for name, size in sizes.items() if size is None]:
+        raise MissingInputError(
+            f"{directory / missing[0]}: shard is missing, {len(missing)} of the manifest's {len(sizes)} are; "
+            "copy the dataset again"
+        )
+    if wrong := [shard for shard in manifest.shards if sizes[shard.name] != shard.bytes]:
+        raise DataError(
+            f"{directory / wrong[0].name}: {sizes[wrong[0].name]} bytes, the manifest says {wrong[0].bytes}; "
+            f"{len(wrong)} of {len(sizes)} shards have another size, copy the dataset again"
+        )
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the manifest durably; its presence says that the dataset is complete."""
     write_file_durably(directory / MANIFEST_NAME, [manifest_bytes(manifest)])

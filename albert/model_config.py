@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from albert.config_files import read_text
 from albert.errors import ConfigError, MissingInputError
 
 
@@ -114,11 +115,11 @@ def read_model_config(path: Path) -> ModelConfig:
 
     Raises:
         MissingInputError: no such file.
-        ConfigError: not JSON, or values that make no model.
+        ConfigError: not UTF-8, not JSON, or values that make no model.
     """
     if not path.is_file():
         raise MissingInputError(f"{path}: no such model configuration")
-    text = re.sub(r"/\*.*?\*/", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"/\*.*?\*/", "", read_text(path), flags=re.DOTALL)
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as error:

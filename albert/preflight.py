@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from albert.command_line import CommandParser
 from albert.config import RunConfig, load_run_config
 from albert.durable_files import write_file_durably
 from albert.errors import ConfigError, PeerLostError, end_rank, run_command
@@ -250,7 +251,7 @@ def _end_after(limit_s: float) -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m launcher preflight",
         description="Check every host before an expensive start.",
         epilog=_EXAMPLES,

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from albert.addresses import is_remote
+from albert.command_line import CommandParser
 from albert.config import RunConfig, load_run_config, recipe_names
 from albert.deepspeed_config import build_deepspeed_config
 from albert.durable_files import write_file_durably
 from albert.errors import ConfigError, NonFiniteError, PreemptedError, end_rank, run_command
-from albert.manifest import Manifest, dataset_tokenizer, read_manifest
+from albert.manifest import Manifest, check_files, dataset_tokenizer, read_manifest
 from albert.probes import check_probe
 from albert.run_lock import lock_for_all_ranks
 from albert.stopping import StopRequest
@@ -70,10 +71,14 @@ def _main() -> None:
     # Everything above fails in milliseconds; the imports below take seconds.
     from albert.distributed import close_world, init_world, peer_errors
     from albert.loader import check_dataset
+    from albert.pretrained import check_replaceable
 
     check_dataset(
         manifest, config.model.vocab_size, config.model.max_position_embeddings, config.data.directory
     )
+    check_replaceable(Path(config.train.output_dir) / "model")
+    if _is_first_of_node() and not is_remote(config.data.directory):
+        check_files(Path(config.data.directory), manifest)
     with peer_errors():
         world = init_world(config.train.device, config.train.peer_timeout_s)
         try:
@@ -84,8 +89,13 @@ def _main() -> None:
         close_world()
 
 
+def _is_first_of_node() -> bool:
+    """Before the ranks meet: one of them looks at every shard, lest thousands do on one file system."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m albert.pretrain",
         description="Pretrain an ALBERT with masked language modelling and sentence-order prediction.",
         epilog=_EXAMPLES,

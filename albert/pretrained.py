@@ -11,15 +11,22 @@ from pathlib import Path
 
 from torch import Tensor
 
+from albert.config_files import read_text
 from albert.convert.huggingface import read_hugging_face
 from albert.durable_files import sync_directory, write_file_durably
 from albert.errors import MissingInputError, UnsafeError
+from albert.finetune.task_card import TASK_CARD_NAME
 from albert.model_config import ModelConfig, model_config_bytes, read_model_config
 from albert.tokenization import SENTENCEPIECE_FILE, WORDPIECE_FILE, find_tokenizer_file
 from albert.weights import check_tensors, read_safetensors, write_safetensors
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+_OWN_NAMES = {
+    CONFIG_NAME, WEIGHTS_NAME, TASK_CARD_NAME, SENTENCEPIECE_FILE, WORDPIECE_FILE, "tokenizer.json",
+    "tokenizer_config.json",
+}  # fmt: skip
+"""All that a model directory holds, exported ones included; nothing else is ever removed."""
 
 
 def save_pretrained(
@@ -82,8 +89,12 @@ def load_pretrained(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor], P
 
 
 def is_hugging_face(directory: Path) -> bool:
-    """Whether config.json is Hugging Face's: `model_type` is albert."""
-    text = (directory / CONFIG_NAME).read_text(encoding="utf-8")
+    """Whether config.json is Hugging Face's: `model_type` is albert.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+    """
+    text = read_text(directory / CONFIG_NAME)
     return re.search(r'"model_type"\s*:\s*"albert"', text) is not None
 
 
@@ -125,12 +136,9 @@ def replaced_directory(directory: Path) -> Iterator[Path]:
     """A temporary directory that takes the place of `directory` when the block ends without an error.
 
     Raises:
-        UnsafeError: `directory` exists and is neither empty nor a model directory.
+        UnsafeError: see `check_replaceable`.
     """
-    if directory.exists() and not _is_replaceable(directory):
-        raise UnsafeError(
-            f"{directory}: exists and is not a model directory; choose another output directory"
-        )
+    check_replaceable(directory)
     temporary = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
     directory.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -148,8 +156,22 @@ def replaced_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _is_replaceable(directory: Path) -> bool:
+def check_replaceable(directory: Path) -> None:
+    """Check that a model may be written to a directory.
+
+    Raises:
+        UnsafeError: it exists, is not empty, and holds something else than the files of a model.
+    """
+    advice = "choose another output directory"
+    if not directory.exists():
+        return
     if not directory.is_dir():
-        return False
-    names = {path.name for path in directory.iterdir()}
-    return not names or (CONFIG_NAME in names and "checkpoints" not in names)
+        raise UnsafeError(f"{directory}: exists and is not a directory; {advice}")
+    files = {path.name: path.is_file() for path in directory.iterdir()}
+    others = [name for name, is_file in files.items() if name not in _OWN_NAMES or not is_file]
+    if others:
+        raise UnsafeError(
+            f"{directory}: exists and is not a model directory, it holds {min(others)}; {advice}"
+        )
+    if files and CONFIG_NAME not in files:
+        raise UnsafeError(f"{directory}: exists and is not a model directory, no {CONFIG_NAME}; {advice}")

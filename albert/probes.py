@@ -7,7 +7,6 @@ waits for the probe of its last checkpoint; one that is stopped or killed takes 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -19,11 +18,11 @@ from typing import Any, Protocol
 
 from albert.config import ProbeConfig
 from albert.errors import ConfigError, MissingInputError
+from albert.processes import die_with_parent
 
 _DIRECTORY = "probes"
 _RESULTS = "results.json"
 _LOWEST_PRIORITY = 19
-_PR_SET_PDEATHSIG = 1
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
 """Variables by which the probe would take itself for a rank of the pretraining; all SLURM_* do so too."""
 
@@ -227,9 +226,7 @@ def main() -> None:
     parent = int(sys.argv.pop(1))
     os.setpriority(os.PRIO_PROCESS, 0, _LOWEST_PRIORITY)
     # The kernel ends this process with the pretraining, even where that is killed.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent:
-        sys.exit(1)
+    die_with_parent(parent, signal.SIGKILL)
     from albert.finetune import cli
 
     cli.main()

@@ -23,7 +23,7 @@ from albert.manifest import FORMAT_VERSION, Manifest, TokenizerEntry, write_mani
 from albert.shards import write_file_durably
 from albert.tokenization import SENTENCEPIECE_FILE, WORDPIECE_FILE, Tokenizer, load_tokenizer
 from data_prep.chinese import load_segmenter
-from data_prep.corpus import read_documents
+from data_prep.corpus import read_documents, reading_advice
 from data_prep.dedup import repeated_documents
 from data_prep.parallel import Step, end_mpi, run_here, run_mpi, run_processes, serve_mpi
 from data_prep.plan import Source, Task, find_sources, plan_tasks
@@ -45,7 +45,7 @@ from data_prep.worker import Job, Worker, document_hash
 
 _SMALL_CORPUS_BYTES = 16 << 20
 """Up to this size every document is hashed beforehand, so that the held-out split is not left empty by chance."""
-_MIN_HELD_OUT_CHARACTERS = 200
+_MIN_HELD_OUT_CHARACTERS, _MANY_SHORT_DOCUMENTS = 200, 20
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _build(request: BuildRequest, comm: Any) -> Manifest:
             records[record.task] = record
         manifest = _assemble([records[task.index] for task in tasks], tokenizer, description)
         if not manifest.totals.get("train.examples"):
-            _refuse_nothing(output, manifest)
+            _refuse_nothing(output, manifest, request.settings)
         remove_leftovers(output)
         write_manifest(output, manifest)
     shutil.rmtree(work)
@@ -159,7 +159,7 @@ def _plan(
     return tokenizer, sources, plan_tasks(sources, request.settings), _describe(request, sources, tokenizer)
 
 
-def _refuse_nothing(output: Path, manifest: Manifest) -> None:
+def _refuse_nothing(output: Path, manifest: Manifest, settings: BuildSettings) -> None:
     """Remove a dataset without a training example.
 
     Raises:
@@ -171,6 +171,7 @@ def _refuse_nothing(output: Path, manifest: Manifest) -> None:
     raise MissingInputError(
         f"the input yields no training example: {totals.get('documents_in', 0)} documents, "
         f"rejected {rejected or 'none'}, held out {totals.get('eval.documents', 0)}"
+        f"{reading_advice(totals, settings)}"
     )
 
 
@@ -228,26 +229,30 @@ def _copy_tokenizer(tokenizer: Tokenizer, output: Path) -> Path:
 def _eval_threshold(tasks: Sequence[Task], settings: BuildSettings) -> int:
     """Documents whose hash is below are held out.
 
-    In a small corpus that would hold out nothing, the document with the smallest hash is.
+    In a small corpus that would hold out nothing, the document with the smallest hash is: of those that are long
+    enough to be worth it, or of many short ones.
     """
     threshold = int(settings.eval_fraction * 2.0**64)
     if threshold == 0 or sum(task.bytes for task in tasks) > _SMALL_CORPUS_BYTES:
         return threshold
-    smallest, largest = 1 << 64, 0
-    for value in _document_hashes(tasks, settings):
-        smallest, largest = min(smallest, value), max(largest, value)
-        if smallest < threshold <= largest:
-            return threshold  # something on either side: no need to read on
-    return smallest + 1 if smallest < largest and smallest >= threshold else threshold
+    for min_characters, min_documents in ((_MIN_HELD_OUT_CHARACTERS, 1), (0, _MANY_SHORT_DOCUMENTS)):
+        number, smallest, largest = 0, 1 << 64, 0
+        for value in _document_hashes(tasks, settings, min_characters):
+            number, smallest, largest = number + 1, min(smallest, value), max(largest, value)
+            if smallest < threshold <= largest:
+                return threshold  # something on either side: no need to read on
+        if number >= min_documents:
+            return max(threshold, smallest + 1) if smallest < largest else threshold
+    return threshold
 
 
-def _document_hashes(tasks: Sequence[Task], settings: BuildSettings) -> Iterator[int]:
-    """Hashes of the documents that are long enough to be worth holding out."""
+def _document_hashes(tasks: Sequence[Task], settings: BuildSettings, min_characters: int) -> Iterator[int]:
+    """Hashes of the documents that have so many characters."""
     for task in tasks:
         for part in task.parts:
             for batch in read_documents(part, settings, Counter()):
                 for a, b in pairwise(batch.ends):
-                    if sum(map(len, batch.sentences[a:b])) >= _MIN_HELD_OUT_CHARACTERS:
+                    if sum(map(len, batch.sentences[a:b])) >= min_characters:
                         yield document_hash(batch.sentences[a:b])
 
 

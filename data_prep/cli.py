@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
+from albert.command_line import CommandParser
 from albert.errors import ConfigError, run_command
 from data_prep.settings import BuildSettings
 
@@ -48,7 +49,7 @@ def _main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "python -m data_prep",
         description="Turn raw text into shards of masked examples for ALBERT pretraining.",
         epilog=_EXAMPLES,
@@ -90,11 +91,18 @@ def _add_tokenizer(commands: Any) -> None:
         "--vocab-size", type=int, required=True, help="pieces, special tokens included; ALBERT: 30000"
     )
     parser.add_argument("--cased", action="store_true", help="keep case and accents (ALBERT folds both)")
-    parser.add_argument("--format", choices=("auto", "lines", "prose", "jsonl"), default="auto")
+    for name in ("format", "text_key", "encoding"):
+        field = BuildSettings.model_fields[name]
+        _add_setting(parser, name, field.annotation, field.description or "", field.default)
     parser.add_argument(
         "--max-sentences", type=int, default=2_000_000, help="sentences to learn from (2000000)"
     )
     parser.add_argument("--character-coverage", type=float, help="default 0.99995, for Chinese 0.9995")
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="take fewer pieces where the text yields fewer, and leave rare characters out where not all fit",
+    )
     parser.set_defaults(run=_run_tokenizer)
 
 
@@ -149,8 +157,10 @@ def _add_setting(parser: argparse.ArgumentParser, name: str, kind: Any, text: st
 
 
 def _settings(options: argparse.Namespace) -> BuildSettings:
+    """The settings of a command; those that it has no option for keep their default."""
+    given = {name: getattr(options, name) for name in BuildSettings.model_fields if hasattr(options, name)}
     try:
-        return BuildSettings(**{name: getattr(options, name) for name in BuildSettings.model_fields})
+        return BuildSettings(**given)
     except ValidationError as error:
         raise ConfigError("; ".join(_describe(item) for item in error.errors())) from error
 
@@ -250,6 +260,7 @@ def _print_summary(output: str, manifest: Any) -> None:
 
 
 def _run_tokenizer(options: argparse.Namespace) -> None:
+    from albert.tokenization import load_tokenizer
     from data_prep.tokenizer import train_tokenizer
 
     target = train_tokenizer(
@@ -257,11 +268,12 @@ def _run_tokenizer(options: argparse.Namespace) -> None:
         Path(options.output),
         options.vocab_size,
         cased=options.cased,
-        text_format=options.format,
+        settings=_settings(options),
         max_sentences=options.max_sentences,
         character_coverage=options.character_coverage,
+        fits_text=options.fit,
     )
-    print(f"{target}: {options.vocab_size} pieces")
+    print(f"{target}: {load_tokenizer(target).vocab_size} pieces")
 
 
 def _run_verify(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -82,6 +82,21 @@ def read_documents(part: Part, settings: BuildSettings, counts: Counter[str]) ->
         raise DataError(
             f"{path}: damaged {path.suffix} file: {error}; the text cannot be read to its end"
         ) from error
+
+
+def reading_advice(counts: Mapping[str, int], settings: BuildSettings) -> str:
+    """Which options may be why nothing could be read, to be put behind a message; empty where none is.
+
+    Args:
+        counts: of what was read.
+        settings: under which.
+    """
+    found = [
+        (counts.get("rejected.no_text_in_json", 0), f"have no text under --text-key {settings.text_key}"),
+        (counts.get("rejected.invalid_encoding", 0), f"are not in --encoding {settings.encoding}"),
+    ]
+    texts = [f"{count} of {counts['documents_in']} documents {what}" for count, what in found if count]
+    return f"; {' and '.join(texts)}: give the right one" if texts else ""
 
 
 class _Limited:

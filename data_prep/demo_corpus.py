@@ -27,9 +27,8 @@ import numpy as np
 from albert.durable_files import write_file_durably
 from albert.errors import DataError, MissingInputError, UnsafeError
 from data_prep.cleaning import split_sentences
-from data_prep.corpus import detect_format, read_documents
-from data_prep.files import read_head
-from data_prep.plan import Part, Source
+from data_prep.corpus import read_documents
+from data_prep.plan import Part, find_sources
 from data_prep.settings import BuildSettings
 
 CORPUS_FILE = "corpus.txt"
@@ -58,17 +57,22 @@ def write_demo_corpus(output: Path, source: Path | None = None) -> str:
 
     Raises:
         MissingInputError: no such file, or this Python has no source of its standard library.
-        DataError: the file holds too few documents for a task.
+        DataError: the file holds too little for a task.
         UnsafeError: there is a corpus already.
     """
     target = output / CORPUS_FILE
     if target.exists():
         raise UnsafeError(f"{target}: exists; remove it or name another --output")
     documents, pairs = standard_library() if source is None else read_own_documents(source)
+    splits = split_pairs(pairs)
+    if not all(splits.values()):
+        raise DataError(
+            f"{source}: the sentence-pair task needs neighbouring sentences that differ; give text that varies more"
+        )
     text = "\n\n".join("\n".join(sentences) for sentences in documents) + "\n"
     (output / PAIRS_DIRECTORY).mkdir(parents=True, exist_ok=True)
     counts = []
-    for split, rows in split_pairs(pairs).items():
+    for split, rows in splits.items():
         lines = "".join(f"{first}\t{second}\t{label}\n" for first, second, label in rows)
         write_file_durably(output / PAIRS_DIRECTORY / f"{split}.tsv", [lines.encode()])
         counts.append(f"{split} {len(rows)}")
@@ -144,24 +148,24 @@ def read_own_documents(path: Path) -> Corpus:
 
     Raises:
         MissingInputError: no such file.
-        DataError: too few documents.
+        DataError: too few documents, or UTF-16.
     """
-    if not path.is_file():
-        raise MissingInputError(f"--input {path}: no such file")
     settings = BuildSettings()
-    size = path.stat().st_size
-    source = Source(str(path), detect_format(path, read_head(path), settings), size)
-    documents = []
-    for batch in read_documents(Part(source, 0, size), settings, Counter()):
+    (source,) = find_sources([str(path)], (), settings)
+    documents, counts = [], Counter[str]()
+    for batch in read_documents(Part(source, 0, source.bytes), settings, counts):
         documents += [
             [" ".join(sentence.split()) for sentence in batch.sentences[begin:end]]
             for begin, end in pairwise(batch.ends)
         ]
-    usable = [sentences for sentences in documents if len(sentences) >= _MIN_SENTENCES]
+    different = dict.fromkeys(map(tuple, documents))  # a repeated one would be held out and learned
+    usable = [list(sentences) for sentences in different if len(sentences) >= _MIN_SENTENCES]
     if len(usable) < _MIN_DOCUMENTS:
+        is_undecodable = counts["rejected.invalid_encoding"] > 0
+        advice = "convert it to UTF-8" if is_undecodable else "put a blank line between documents"
         raise DataError(
-            f"{path}: {len(usable)} documents of at least {_MIN_SENTENCES} sentences, the sentence-pair task needs "
-            f"{_MIN_DOCUMENTS}; put a blank line between documents"
+            f"{path}: {len(usable)} documents of at least {_MIN_SENTENCES} sentences, none counted twice; the demo "
+            f"needs {_MIN_DOCUMENTS}; {advice}"
         )
     return usable, tampered_pairs(usable)
 

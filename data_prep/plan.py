@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import fnmatch
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ _SEARCH_BYTES = 4 << 20
 """How far a task border looks for the end of a document before it takes the end of a line."""
 _BLANK_LINE = re.compile(rb"\r?\n[ \t\r]*\n")
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_NUL_SHARE, _FEW_NULS = 0.002, 8
+"""Stray NUL bytes are removed as other controls are; Chinese prose in UTF-16 has five times as many as this share."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def find_sources(
     Raises:
         MissingInputError: a file does not exist or is not a file.
         ConfigError: a weight cannot be read or matches no file.
-        DataError: a file is UTF-16, which cannot be cut into byte ranges.
+        DataError: a file is UTF-16 or binary, which cannot be cut into byte ranges.
     """
     rules = [_parse_weight(text) for text in weights]
     sources = []
@@ -83,8 +86,7 @@ def find_sources(
             what = "is a directory; name its files" if path.is_dir() else "no such file"
             raise MissingInputError(f"--input {name}: {what}")
         head = read_head(path)
-        if head.startswith(_UTF16_MARKS):
-            raise DataError(f"{name}: is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 {name}")
+        _refuse_utf16(name, head)
         weight = next((w for pattern, w in rules if fnmatch.fnmatch(name, pattern)), 1.0)
         kind = settings.format if settings.format != "auto" else detect_format(path, head, settings)
         sources.append(Source(name, kind, path.stat().st_size, weight))
@@ -92,6 +94,24 @@ def find_sources(
         if not fnmatch.filter(inputs, pattern):
             raise ConfigError(f"--weight {pattern}: matches none of the input files {', '.join(inputs)}")
     return tuple(sources)
+
+
+def _refuse_utf16(name: str, head: bytes) -> None:
+    """Refuse a file that cannot be cut between bytes.
+
+    Raises:
+        DataError: it begins with the mark of UTF-16, or holds too many NUL bytes to be other text.
+    """
+    if head.startswith(_UTF16_MARKS):
+        what, kind = "UTF-16", "UTF-16"
+    elif head.count(0) >= _FEW_NULS and head.count(0) > _NUL_SHARE * len(head):
+        # Only in the right order of bytes do many line ends and spaces come out.
+        orders = ("UTF-16LE", "UTF-16BE")
+        kind = max(orders, key=lambda order: sum(map(head.decode(order, errors="ignore").count, "\n ")))
+        what = "UTF-16 or no text (it holds many NUL bytes)"
+    else:
+        return
+    raise DataError(f"{name}: is {what}; convert it first: iconv -f {kind} -t UTF-8 {shlex.quote(name)}")
 
 
 def _parse_weight(text: str) -> tuple[str, float]:

@@ -11,13 +11,15 @@ from pathlib import Path
 from albert.durable_files import write_file_durably
 from albert.errors import ConfigError, MissingInputError, UnsafeError
 from albert.tokenization import SENTENCEPIECE_FILE, normalise_texts
-from data_prep.corpus import read_documents
+from data_prep.corpus import read_documents, reading_advice
 from data_prep.plan import find_sources, plan_tasks
-from data_prep.settings import BuildSettings, TextFormat
+from data_prep.settings import BuildSettings
 
 _USER_SYMBOLS = ("(", ")", '"', "-", ".", "\u2013", "\u00a3", "\u20ac")
 """Symbols that are always pieces of their own, as in ALBERT's own model."""
 _CHINESE_COVERAGE, _COVERAGE = 0.9995, 0.99995
+_LEAST_COVERAGE = 0.98
+"""Of the trainer: a model that knows less of its text is of no use."""
 _MAX_SENTENCE_CHARACTERS = 1000
 """The trainer skips what is longer than 4192 bytes; this is never longer."""
 
@@ -28,9 +30,10 @@ def train_tokenizer(
     vocab_size: int,
     *,
     cased: bool = False,
-    text_format: TextFormat = "auto",
+    settings: BuildSettings | None = None,
     max_sentences: int = 2_000_000,
     character_coverage: float | None = None,
+    fits_text: bool = False,
 ) -> Path:
     """Train `OUTPUT/spiece.model` on the sentences of text files.
 
@@ -39,32 +42,71 @@ def train_tokenizer(
         output: directory, made where it does not exist.
         vocab_size: pieces, special tokens included.
         cased: keep case and accents; otherwise both are folded as ALBERT does.
-        text_format: see `BuildSettings.format`.
+        settings: how the files are read: format, text_key and encoding.
         max_sentences: sentences to learn from, spread evenly over the corpus.
         character_coverage: share of characters that become pieces; default 0.99995, Chinese 0.9995.
+        fits_text: take fewer pieces from a text that yields fewer, and fewer characters where they are too many.
 
     Raises:
-        ConfigError: the vocabulary does not fit the text.
+        MissingInputError: no such file, or the files hold no text.
+        ConfigError: the vocabulary does not fit the text, or no such coverage is possible.
         UnsafeError: there is a tokenizer already.
     """
     target = output / SENTENCEPIECE_FILE
     if target.exists():
         raise UnsafeError(f"{target}: exists; remove it or name another --output")
-    settings = BuildSettings(format=text_format)
+    if character_coverage is not None and not _LEAST_COVERAGE <= character_coverage <= 1:
+        raise ConfigError(f"--character-coverage {character_coverage}: must be from {_LEAST_COVERAGE} to 1")
+    settings = settings or BuildSettings()
     every = _sampling_interval(inputs, settings, max_sentences)
-    sentences = list(_sentences(inputs, settings, every, cased))
+    counts: Counter[str] = Counter()
+    sentences = list(_sentences(inputs, settings, every, cased, counts))
     if not sentences:
-        raise MissingInputError(f"--input {' '.join(inputs)}: holds no text to learn from")
+        advice = reading_advice(counts, settings)
+        raise MissingInputError(f"--input {' '.join(inputs)}: holds no text to learn from{advice}")
     if character_coverage is None:
         character_coverage = _CHINESE_COVERAGE if _is_chinese(sentences) else _COVERAGE
-    model = _train_model(sentences, vocab_size, character_coverage)
+    train = _fit_model if fits_text else _train_model
+    model = train(sentences, vocab_size, character_coverage)
     output.mkdir(parents=True, exist_ok=True)
     write_file_durably(target, [model])
     return target
 
 
-def _train_model(sentences: Sequence[str], vocab_size: int, character_coverage: float) -> bytes:
+class _TooManyCharactersError(ConfigError):
+    """The vocabulary is too small for the characters of the text."""
+
+
+def _fit_model(sentences: Sequence[str], vocab_size: int, character_coverage: float) -> bytes:
+    """A model of at most `vocab_size` pieces; leaves out as many rare characters as it takes.
+
+    Raises:
+        ConfigError: too many would be left out.
+    """
+    while True:
+        try:
+            return _train_model(sentences, vocab_size, character_coverage, is_limit=True)
+        except _TooManyCharactersError as error:
+            if character_coverage == _LEAST_COVERAGE:
+                share = f"{100 * _LEAST_COVERAGE:.0f} %"
+                raise ConfigError(
+                    f"--vocab-size {vocab_size}: too small even for the characters that make up {share} of this "
+                    "text; ask for more"
+                ) from error
+            left_out = 2 * (1 - min(character_coverage, _COVERAGE))
+            character_coverage = max(_LEAST_COVERAGE, 1 - left_out)
+
+
+def _train_model(
+    sentences: Sequence[str], vocab_size: int, character_coverage: float, *, is_limit: bool = False
+) -> bytes:
     """A unigram model with ALBERT's special tokens.
+
+    Args:
+        sentences: to learn from.
+        vocab_size: pieces.
+        character_coverage: share of characters that become pieces.
+        is_limit: take fewer pieces from a text that yields fewer.
 
     Raises:
         ConfigError: the vocabulary does not fit the text.
@@ -77,6 +119,7 @@ def _train_model(sentences: Sequence[str], vocab_size: int, character_coverage: 
             sentence_iterator=iter(sentences),
             model_writer=model,
             vocab_size=vocab_size,
+            hard_vocab_limit=not is_limit,
             model_type="unigram",
             character_coverage=character_coverage,
             pad_id=0,
@@ -92,27 +135,34 @@ def _train_model(sentences: Sequence[str], vocab_size: int, character_coverage: 
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ConfigError(f"--vocab-size {vocab_size}: {_reason(str(error))}") from error
+        raise _training_error(vocab_size, str(error)) from error
     return model.getvalue()
 
 
-def _reason(message: str) -> str:
+def _training_error(vocab_size: int, message: str) -> ConfigError:
     """What the trainer complains about, without its source position."""
+    where = f"--vocab-size {vocab_size}"
     if match := re.search(r"value <= (\d+)", message):
-        return (
-            f"too large for this text, which yields at most {match[1]} pieces; ask for that or give more text"
+        return ConfigError(
+            f"{where}: too large for this text, which yields at most {match[1]} pieces; ask for that, give more "
+            "text, or take what it yields with --fit"
         )
-    if match := re.search(r"required_chars_size\)?\D*(\d+)", message) or re.search(r"(\d+) vs", message):
-        return f"too small for the characters of this text ({match[1]}); ask for more or lower --character-coverage"
-    return " ".join(message.split())
+    if match := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return _TooManyCharactersError(
+            f"{where}: too small for the characters of this text, which need {match[1]} pieces; ask for more, lower "
+            "--character-coverage, or leave rare characters out with --fit"
+        )
+    return ConfigError(f"{where}: {' '.join(message.split())}")
 
 
-def _sentences(inputs: Sequence[str], settings: BuildSettings, every: int, cased: bool) -> Iterator[str]:
+def _sentences(
+    inputs: Sequence[str], settings: BuildSettings, every: int, cased: bool, counts: Counter[str]
+) -> Iterator[str]:
     """Every `every`-th sentence of the corpus, normalised as it will be when the model is used."""
     position = 0
     for task in plan_tasks(find_sources(inputs, (), settings), settings):
         for part in task.parts:
-            for batch in read_documents(part, settings, Counter()):
+            for batch in read_documents(part, settings, counts):
                 chosen = batch.sentences[-position % every :: every]
                 position += len(batch.sentences)
                 for sentence in normalise_texts(chosen, not cased, not cased):

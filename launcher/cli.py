@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
+from albert.command_line import CommandParser
 from albert.errors import ConfigError, run_command
 from launcher.checks import check_num_ranks, check_pretrain
 from launcher.demo import add_demo_command
@@ -33,16 +33,9 @@ start it again to go on. Exit codes: 0 done, 65 bad data, 66 missing input, 70 n
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes of the command line as all other mistakes are: one line and exit code 78."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the launcher."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m launcher",
         description="Start training, fine-tuning or data preparation on this machine, on hosts or on Slurm.",
         epilog=_EXAMPLES,
@@ -96,7 +89,7 @@ def _run_local(options: argparse.Namespace) -> int:
     check_num_ranks(num_ranks)
     arguments = tuple(options.arguments)
     if options.program == "pretrain":
-        check_pretrain(arguments, num_ranks)
+        check_pretrain(arguments, num_ranks, with_data=not options.dry_run)
     if options.program == "data":
         arguments, num_ranks = data_workers(arguments, num_ranks), 1
     job = Job(PROGRAMS[options.program], arguments, log_directory=options.log_dir)

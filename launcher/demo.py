@@ -25,6 +25,7 @@ from typing import IO
 from albert.config import load_run_config
 from albert.durable_files import write_file_durably
 from albert.errors import AlbertError, MissingInputError, PreemptedError, UnsafeError
+from albert.manifest import read_manifest
 from launcher.demo_report import write_report
 from launcher.local import count_gpus
 from launcher.process import child_setup
@@ -73,6 +74,8 @@ class Stage:
     """Directories that an interrupted attempt may have left and that the command would refuse."""
     expected: int = 0
     """Exit code of success."""
+    is_sized_by_dataset: bool = False
+    """Whether the model takes the vocabulary of the dataset, which small text makes smaller than the recipe's."""
 
 
 class StageError(AlbertError):
@@ -169,9 +172,9 @@ def demo_stages(plan: DemoPlan) -> list[Stage]:
         Stage("text", f"gather {what}", ("data_prep", "demo-corpus", "--output", str(out / "text"), *own), ("text",)),
         Stage(
             "tokenizer",
-            f"train a SentencePiece model with {recipe.model.vocab_size:,} pieces",
+            f"train a SentencePiece model with at most {recipe.model.vocab_size:,} pieces",
             ("data_prep", "tokenizer", "--input", str(corpus), "--output", str(tokenizer),
-             "--vocab-size", str(recipe.model.vocab_size)),
+             "--vocab-size", str(recipe.model.vocab_size), "--fit"),
             ("tokenizer",),
         ),
         Stage(
@@ -183,8 +186,8 @@ def demo_stages(plan: DemoPlan) -> list[Stage]:
             ("shards",),
         ),
         Stage("pretrain", f"pretrain with ZeRO-2 on {plan.num_ranks} ranks, and stop half-way",
-              (*pretrain, f"train.stop_after_steps={steps // 2}"), expected=_STOPPED),
-        Stage("resume", "resume the pretraining and finish it", pretrain),
+              (*pretrain, f"train.stop_after_steps={steps // 2}"), expected=_STOPPED, is_sized_by_dataset=True),
+        Stage("resume", "resume the pretraining and finish it", pretrain, is_sized_by_dataset=True),
         Stage("finetune", f"fine-tune on sentence pairs: {question}", finetune,
               ("finetune",)),
         Stage(
@@ -239,7 +242,8 @@ def _run_stage(plan: DemoPlan, stage: Stage, title: str) -> float:
     for name in stage.fresh:
         shutil.rmtree(plan.output / name, ignore_errors=True)
     _say(title)
-    command = [sys.executable, "-m", *stage.arguments]
+    sizes = [_vocabulary_setting(plan)] if stage.is_sized_by_dataset else []
+    command = [sys.executable, "-m", *stage.arguments, *sizes]
     log = plan.output / "logs" / f"{stage.name}.log"
     began_at = time.monotonic()
     last_lines: deque[str] = deque(maxlen=_SHOWN_ON_FAILURE)
@@ -256,6 +260,11 @@ def _run_stage(plan: DemoPlan, stage: Stage, title: str) -> float:
         )
     sys.stderr.write("".join(last_lines))
     raise StageError(f"the demo's stage '{stage.name}' ended with exit code {code}; see {log}", max(code, 1))
+
+
+def _vocabulary_setting(plan: DemoPlan) -> str:
+    """The setting that gives the model the vocabulary of the dataset."""
+    return f"model.vocab_size={read_manifest(plan.output / 'shards').tokenizer.vocab_size}"
 
 
 def _run_logged(command: Sequence[str], log: IO[str], last_lines: deque[str]) -> int:

@@ -63,7 +63,8 @@ def write_report(output: Path, seconds: Mapping[str, float], wall_s: float) -> s
     width = max(len(row[0]) for row in rows)
     lines = ["", "what was learned".ljust(width + 4) + f"{'before':>10}{'after':>10}"]
     lines += [f"  {name.ljust(width)}  {before:>10}{after:>10}" for name, before, after in rows]
-    lines += ["", "where everything lies", *(f"  {path.ljust(34)}{what}" for path, what in places)]
+    path_width = max(len(path) for path, _ in places)
+    lines += ["", "where everything lies", *(f"  {path.ljust(path_width)}  {what}" for path, what in places)]
     lines += ["", "what to try next", *(f"  {command}" for command in _next_commands(output))]
     total = sum(seconds.values())
     lines += ["", f"{len(seconds)} stages took {total:.0f} s ({wall_s:.0f} s in this run)"]

@@ -69,7 +69,7 @@ def _run_hosts(options: argparse.Namespace) -> int:
     hosts = read_hostfile(options.hostfile)
     arguments = tuple(options.arguments)
     if options.program == "pretrain":
-        check_pretrain(arguments, hosts.num_ranks)
+        check_pretrain(arguments, hosts.num_ranks, with_data=not options.dry_run)
     last: list[str] = []
     if options.program == "data":
         last = Job(PROGRAMS["data"], arguments).command()

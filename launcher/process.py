@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from albert.processes import die_with_parent
 
 STOP_SIGNALS = (
     signal.SIGTERM,
@@ -17,19 +18,6 @@ STOP_SIGNALS = (
     signal.SIGUSR2,
 )
 """Signals that ask a job to commit a checkpoint and stop."""
-
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel send SIGTERM to this process when its parent ends, however that happens.
-
-    Args:
-        parent: pid of the parent that is meant; if it is gone already, the signal is sent at once.
-    """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def child_setup() -> Callable[[], None]:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import IO
 
 from albert.errors import ConfigError, run_command
+from albert.processes import die_with_parent
 from launcher.job import Job
 from launcher.outcome import RankEnd
-from launcher.process import catches, child_setup, die_with_parent, signals_held, start_time
+from launcher.process import catches, child_setup, signals_held, start_time
 from launcher.records import read_signals, write_record
 
 _POLL_S = 1.0

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from albert.errors import PreemptedError
+from albert.errors import PeerLostError, PreemptedError
 from launcher.outcome import Outcome, RankEnd, job_outcome, signal_name
 from launcher.process import kill_session, send
 from launcher.records import read_ends, read_records
@@ -122,8 +122,10 @@ class RankWatch:
         while len(ends := self.ends()) < self._num_ranks and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         if not ends and not self.asked:
+            # Killed, as by a kernel that is short of memory, it takes its ranks along; otherwise it could not start.
+            code = PeerLostError.exit_code if starter.returncode < 0 else 1
             return Outcome(
-                1, f"what starts the ranks ended with {starter.returncode} before any rank had ended"
+                code, f"what starts the ranks ended with {starter.returncode} before any rank had ended"
             )
         if not ends:
             ends = [RankEnd(0, "this machine", -self.asked[0], 0.0, tuple(self.asked))]

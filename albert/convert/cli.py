@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from albert.errors import ConfigError, MissingInputError, run_command
+from albert.command_line import CommandParser
+from albert.errors import ConfigError, MissingInputError, UnsafeError, run_command
 from albert.model_config import ModelConfig, read_model_config
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _EXAMPLES = """examples:
   python -m albert.convert from-hf albert-base-v2/ --output models/base
   python -m albert.convert to-hf runs/first/model --output exported/
   python -m albert.convert to-hf runs/first --architecture AlbertForMaskedLM --output exported_mlm/
-  python -m albert.convert to-onnx runs/lcqmc/best --output lcqmc.onnx
+  python -m albert.convert to-onnx runs/lcqmc/model --output lcqmc.onnx
   python -m albert.convert verify-checkpoint runs/first
 
 MODEL is a model directory, a Hugging Face directory, a training checkpoint or a run directory.
@@ -42,22 +43,15 @@ def _main() -> None:
     options.run(options)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes of the command line like all others: one line and exit code 78."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m albert.convert",
         description="Bring ALBERT weights of other projects in, and take them out again.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
@@ -108,6 +102,16 @@ def _add_import(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _refuse_own_source(source: Path, output: Path) -> None:
+    """Refuse to replace what is converted.
+
+    Raises:
+        UnsafeError: both are one directory or file.
+    """
+    if source.resolve() == output.resolve():
+        raise UnsafeError(f"--output {output}: is the source itself; choose another output directory")
+
+
 def _sizes(_options: argparse.Namespace) -> None:
     from albert.convert.sizes import size_table
 
@@ -153,6 +157,7 @@ def _from_hf(options: argparse.Namespace) -> None:
     from albert.convert.foreign import Imported, published_mistakes, with_fields
     from albert.convert.huggingface import read_hugging_face
 
+    _refuse_own_source(options.path, options.output)
     if options.config is not None:
         raise ConfigError("--config: a Hugging Face directory has its own config.json; edit that one")
     config, state = read_hugging_face(options.path)
@@ -220,17 +225,22 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 def _to_hf(options: argparse.Namespace) -> None:
     from albert.convert.huggingface_export import write_hugging_face
+    from albert.finetune.task_card import TaskCard
     from albert.pretrained import load_pretrained
 
+    _refuse_own_source(options.model, options.output)
     config, state, tokenizer = load_pretrained(options.model)
-    architecture = write_hugging_face(options.output, config, state, tokenizer, options.architecture)
+    card = TaskCard.read(options.model)
+    labels = card.labels if card else ()
+    architecture = write_hugging_face(options.output, config, state, tokenizer, options.architecture, labels)
     print(f"{options.output}: load it with transformers.{architecture}.from_pretrained")
 
 
 def _to_onnx(options: argparse.Namespace) -> None:
-    from albert.convert.onnx import write_onnx
+    from albert.convert.onnx import refuse_to_overwrite, write_onnx
     from albert.pretrained import load_pretrained
 
+    refuse_to_overwrite(options.output)
     config, state, _ = load_pretrained(options.model)
     error = write_onnx(options.output, config, state, str(options.model))
     print(f"{options.output}: written; onnxruntime's logits differ by {error:.1e} relative")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from albert.convert.huggingface import hugging_face_name
 from albert.convert.tokenizer_files import write_tokenizer_files
 from albert.durable_files import write_file_durably
-from albert.errors import ConfigError
+from albert.errors import ConfigError, DataError
 from albert.model_config import ModelConfig
 from albert.pretrained import CONFIG_NAME, WEIGHTS_NAME, replaced_directory
 from albert.tokenization import load_tokenizer
@@ -39,6 +39,7 @@ def write_hugging_face(
     state: Mapping[str, Tensor],
     tokenizer: Path | None,
     architecture: str | None = None,
+    labels: Sequence[str] = (),
 ) -> str:
     """Write a directory that Hugging Face's classes load without a warning; returns the architecture.
 
@@ -48,9 +49,11 @@ def write_hugging_face(
         state: our parameter names.
         tokenizer: tokenizer file, or None for a directory without one.
         architecture: class that will load it; None takes the one that has the heads of `state`.
+        labels: what the outputs of a classifier mean; none for LABEL_0 and so on.
 
     Raises:
         ConfigError: Hugging Face has no such model, or `state` lacks a head of `architecture`.
+        DataError: there are more or fewer labels than outputs.
     """
     refuse_inexpressible(config)
     architecture = architecture or _architecture_of(state)
@@ -65,9 +68,14 @@ def write_hugging_face(
             "eos_token_id": loaded.sep_id,
         }
     if bias := [t for n, t in chosen.items() if n in ("classifier.bias", "token_classifier.bias")]:
-        labels = range(len(bias[0]))
-        fields["id2label"] = {str(i): f"LABEL_{i}" for i in labels}
-        fields["label2id"] = {f"LABEL_{i}": i for i in labels}
+        names = labels or [f"LABEL_{i}" for i in range(len(bias[0]))]
+        if len(names) != len(bias[0]):
+            raise DataError(
+                f"{directory}: the model has {len(bias[0])} outputs and {len(names)} labels ({', '.join(names)}); "
+                "its task.json is of another model, copy the model again"
+            )
+        fields["id2label"] = {str(i): name for i, name in enumerate(names)}
+        fields["label2id"] = {name: i for i, name in enumerate(names)}
     with replaced_directory(directory) as temporary:
         text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
         write_file_durably(temporary / CONFIG_NAME, [text.encode()])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from albert.durable_files import sync_directory
-from albert.errors import ConfigError, DataError
+from albert.errors import ConfigError, DataError, UnsafeError
 from albert.heads import AlbertForPreTraining, AlbertForQuestionAnswering, AlbertHead
 from albert.model_config import ModelConfig
 from albert.weights import build_model
@@ -33,6 +33,16 @@ class _Padded(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Any:
         return self.model.forward_padded(input_ids, token_type_ids, attention_mask)  # type: ignore[operator]
+
+
+def refuse_to_overwrite(file: Path) -> None:
+    """An ONNX file may be replaced, anything else not.
+
+    Raises:
+        UnsafeError: `file` exists, and is a directory or has another suffix.
+    """
+    if file.exists() and (file.suffix != ".onnx" or not file.is_file()):
+        raise UnsafeError(f"--output {file}: exists and is no .onnx file; choose another name")
 
 
 def write_onnx(file: Path, config: ModelConfig, state: Mapping[str, Tensor], where: str) -> float:

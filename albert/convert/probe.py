@@ -87,7 +87,12 @@ def _masked_batch(tokenizer: Tokenizer, text: Path, max_positions: int) -> Pretr
     """The first lines of a text with 15 % of the tokens replaced by the mask, the same every time."""
     if not text.is_file():
         raise MissingInputError(f"--probe {text}: no such text file")
-    lines = [line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"--probe {text}: byte {error.start} is not UTF-8; convert the file to UTF-8"
+        ) from error
     length = min(_MAX_TOKENS, max_positions - 2)
     rows = [ids[:length] for ids in tokenizer.encode_batch(lines[:_MAX_LINES]) if len(ids) >= 8]
     if not rows:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from albert.command_line import CommandParser
 from albert.errors import AlbertError, ConfigError, end_rank, run_command
 from albert.finetune.custom import read_task
 from albert.finetune.request import Request
@@ -129,7 +130,7 @@ def _run(request: Request, task: Task, settings: FinetuneSettings, stop: StopReq
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m albert.finetune",
         description="Fine-tune an ALBERT on a task, keep the best weights, evaluate and predict.",
         epilog=_EXAMPLES,

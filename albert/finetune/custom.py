@@ -15,9 +15,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from albert.config_files import read_yaml
 from albert.errors import ConfigError, MissingInputError
 from albert.finetune.task_definition import METRICS_OF_KIND, Column, Columns, Kind, Recipe, Task
 
@@ -92,10 +92,7 @@ def read_task(path: Path) -> Task:
     if not path.is_file():
         raise MissingInputError(f"--task-file {path}: no such file")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        file = _TaskFile.model_validate(_with_text_labels(raw))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        file = _TaskFile.model_validate(_with_text_labels(read_yaml(path)))
     except ValidationError as error:
         problems = [_describe(item) for item in error.errors()]
         raise ConfigError(f"{path}: " + "; ".join(problems)) from error

@@ -1,7 +1,8 @@
 """Prediction with a fine-tuned model: `python -m albert.finetune predict --model DIR [--input FILE]`.
 
 Reads one JSON object per line from a file or standard input and writes one per line to standard output, in order:
-`text_a` and `text_b`; `question` and `context`; `context`, `question` and `options`; or `words`.
+`text_a` and `text_b`; `question` and `context`; `context`, `question` and `options`; or `words`. A line without what
+the model was trained on ends the program with code 65, after the answers to the lines before it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
+from albert.command_line import CommandParser
 from albert.errors import ConfigError, DataError, MissingInputError
 from albert.finetune.batching import evaluation_batches
 from albert.finetune.examples import ChoiceExample, Example, SpanExample, TagExample, TextExample
@@ -53,6 +55,7 @@ class Predictor:
         if tokenizer_path is None:
             raise MissingInputError(f"{source}: no spiece.model or vocab.txt there; copy the model again")
         self.card = card
+        self.is_pair = card.is_pair
         self.task = card.as_task()
         self.tokenizer = load_tokenizer(tokenizer_path)
         self.device = device
@@ -96,7 +99,7 @@ def parse_example(kind: str, line: str, number: int) -> Example:
         raise DataError(
             f"line {number}: wanted a JSON object with {', '.join(keys)} ({type(error).__name__}: {error})"
         ) from error
-    if isinstance(fields.get("text_b"), str) and "text_a" in keys:
+    if fields.get("text_b") is not None and "text_a" in keys:
         values["text_b"] = fields["text_b"]
     for key, value in values.items():
         is_text = isinstance(value, list) and all(isinstance(part, str) for part in value)
@@ -121,22 +124,43 @@ def predict_lines(predictor: Predictor, lines: Iterable[str]) -> Iterator[dict[s
     """Predictions of JSON lines, a chunk at a time, so that a stream of any length is served.
 
     Raises:
-        DataError: a line is not what the task needs, or only some lines have a second text.
+        DataError: a line is not what the task needs; the lines before it are answered.
     """
-    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-    are_pairs: bool | None = None
-    while chunk := tuple(itertools.islice(numbered, _CHUNK)):
-        examples = [parse_example(predictor.task.kind, line, number) for number, line in chunk]
-        for (number, _), example in zip(chunk, examples, strict=True):
-            if not isinstance(example, TextExample):
-                break
-            is_pair = example.text_b is not None
-            are_pairs = is_pair if are_pairs is None else are_pairs
-            if is_pair != are_pairs:
-                raise DataError(
-                    f"line {number}: text_b is {'given' if is_pair else 'missing'}, unlike before"
-                )
-        yield from predictor.predict(examples)
+    examples = _examples(predictor, lines)
+    error: DataError | None = None
+    while error is None:
+        chunk, error = _next_chunk(examples)
+        if chunk:
+            yield from predictor.predict(chunk)
+        elif error is None:
+            return
+    raise error
+
+
+def _next_chunk(examples: Iterator[Example]) -> tuple[list[Example], DataError | None]:
+    """The next examples, none at the end, and what is wrong with the line behind them."""
+    chunk: list[Example] = []
+    try:
+        chunk.extend(itertools.islice(examples, _CHUNK))  # what came before an error stays
+    except DataError as error:
+        return chunk, error
+    return chunk, None
+
+
+def _examples(predictor: Predictor, lines: Iterable[str]) -> Iterator[Example]:
+    """Parsed lines; all have a second text or none, as in the training where that is known."""
+    is_pair = predictor.is_pair
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        example = parse_example(predictor.task.kind, line, number)
+        if isinstance(example, TextExample):
+            has_second = example.text_b is not None
+            is_pair = has_second if is_pair is None else is_pair
+            if has_second != is_pair:
+                wanted = "unlike before" if predictor.is_pair is None else "unlike in the training"
+                raise DataError(f"line {number}: text_b is {'given' if has_second else 'missing'}, {wanted}")
+        yield example
 
 
 def run_predict(arguments: Sequence[str]) -> None:
@@ -145,7 +169,7 @@ def run_predict(arguments: Sequence[str]) -> None:
     Raises:
         MissingInputError: no such model or input file.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m albert.finetune predict",
         description=__doc__,
         epilog='example:\n  echo \'{"text_a": "How are you?", "text_b": "How do you do?"}\' | '
@@ -161,16 +185,31 @@ def run_predict(arguments: Sequence[str]) -> None:
     use_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     predictor = Predictor(Path(options.model), torch.device("cuda" if use_cuda else "cpu"))
     if options.input == "-":
-        _serve(predictor, sys.stdin)
+        _serve(predictor, sys.stdin.buffer)
         return
-    with Path(options.input).open(encoding="utf-8-sig") as file:
+    with Path(options.input).open("rb") as file:
         _serve(predictor, file)
 
 
-def _serve(predictor: Predictor, file: TextIO) -> None:
+def decode_lines(file: Iterable[bytes]) -> Iterator[str]:
+    """Lines of UTF-8, whatever the locale; a byte order mark is left out.
+
+    Raises:
+        DataError: a line is not UTF-8.
+    """
+    for number, line in enumerate(file, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"line {number}: byte {error.start} is not UTF-8; convert the input to UTF-8"
+            ) from error
+
+
+def _serve(predictor: Predictor, file: BinaryIO) -> None:
     began_at, count = time.perf_counter(), 0
-    for prediction in predict_lines(predictor, file):
-        sys.stdout.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+    for prediction in predict_lines(predictor, decode_lines(file)):
+        sys.stdout.buffer.write(json.dumps(prediction, ensure_ascii=False).encode() + b"\n")
         count += 1
     sys.stdout.flush()
     seconds = time.perf_counter() - began_at

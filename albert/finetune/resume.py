@@ -22,7 +22,7 @@ from albert import checkpoint
 from albert.distributed import World, barrier, min_over_ranks
 from albert.engine import Engine
 from albert.errors import ConfigError
-from albert.finetune.artefacts import read_results
+from albert.finetune.artefacts import RESULTS_NAME, read_results
 from albert.finetune.preparation import Prepared
 from albert.finetune.progress import Progress
 from albert.finetune.settings import FinetuneSettings
@@ -35,6 +35,8 @@ _FREE = {
     "micro_batch_size", "peer_timeout_s", "progress", "tensorboard",
 }  # fmt: skip
 """Settings that change rounding at most."""
+_ANOTHER, _NONE, _THIS = range(3)
+"""The training that a rank finds finished; the lowest is believed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +54,16 @@ class Identity:
         """One hash of everything."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def differences(self, state: checkpoint.TrainingState) -> list[str]:
-        """What a checkpoint says otherwise, for people."""
+    def differences(self, other: Identity) -> list[str]:
+        """What another training has otherwise, for people."""
         lines = [
-            f"{name}: {state.run_config.get(name)!r} in the checkpoint, {value!r} now"
+            f"{name}: {other.values.get(name)!r} there, {value!r} now"
             for name, value in self.values.items()
-            if state.run_config.get(name) != value
+            if other.values.get(name) != value
         ]
         hashes = {
-            "data": (state.dataset_sha256, self.data_sha256),
-            "tokenizer": (state.tokenizer_sha256, self.tokenizer_sha256),
+            "data": (other.data_sha256, self.data_sha256),
+            "tokenizer": (other.tokenizer_sha256, self.tokenizer_sha256),
         }
         return lines + [f"{name}: has changed" for name, (old, new) in hashes.items() if old != new]
 
@@ -79,10 +81,29 @@ def identify(prepared: Prepared, settings: FinetuneSettings) -> Identity:
 
 
 def finished_results(output: Path, identity: Identity) -> dict[str, Any] | None:
-    """Content of results.json if this very training is finished there, on the word of all ranks. Collective."""
+    """Content of results.json if this very training is finished there, on the word of all ranks. Collective.
+
+    Raises:
+        ConfigError: another training is finished there; lists the differences.
+    """
     results = read_results(output)
-    is_finished = results.get("training", {}).get("fingerprint") == identity.fingerprint
-    return results if min_over_ranks(int(is_finished)) else None
+    training = results.get("training", {})
+    is_same = training.get("fingerprint") == identity.fingerprint
+    found = min_over_ranks(_THIS if is_same else _ANOTHER if training else _NONE)
+    if found == _ANOTHER:
+        recorded = training.get("identity")
+        differences = identity.differences(Identity(**recorded)) if recorded else []
+        raise _another_training(output / RESULTS_NAME, "finished", differences, output)
+    return results if found == _THIS else None
+
+
+def _another_training(place: Path, was: str, differences: list[str], removable: Path) -> ConfigError:
+    """The refusal to take the place of a training that was interrupted or finished."""
+    return ConfigError(
+        f"{place}: this training differs from the one that was {was} here; "
+        f"{'; '.join(differences) or 'what differs was not recorded'}. Undo it, choose another --output, or remove "
+        f"{removable} to train from the beginning"
+    )
 
 
 class TuningCheckpoints:
@@ -161,13 +182,10 @@ class TuningCheckpoints:
             return None
         state, parts = loaded
         directory = checkpoint.step_directory(self.directory, state.step)
-        differences = self._identity.differences(state)
+        other = Identity(state.run_config, state.dataset_sha256, state.tokenizer_sha256)
+        differences = self._identity.differences(other)
         if differences:
-            raise ConfigError(
-                f"{directory}: this training differs from the one that was interrupted here; "
-                f"{'; '.join(differences)}. Undo it, choose another --output, or remove {self.directory} "
-                "to train from the beginning"
-            )
+            raise _another_training(directory, "interrupted", differences, self.directory)
         self._engine.load_state(parts, state.optimizer_steps)
         self._engine.load_loss_scaler_state(state.loss_scaler)
         progress = Progress(**json.loads((directory / _PROGRESS).read_bytes()))

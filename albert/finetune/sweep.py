@@ -36,17 +36,25 @@ def run_sweep(
 
     Returns:
         What sweep.json holds: every run, and mean and deviation by learning rate.
+
+    Raises:
+        ConfigError: a directory of the sweep holds another training.
     """
     output = Path(request.output)
+    grid = [
+        (output / f"lr-{rate:g}" / f"seed-{seed}", changed)
+        for rate in request.learning_rates or (settings.learning_rate,)
+        for seed in range(settings.seed, settings.seed + request.num_seeds)
+        for changed in [settings.model_copy(update={"learning_rate": rate, "seed": seed})]
+    ]
+    for directory, changed in grid:
+        finished_results(directory, identify(prepared, changed))  # refuses before the first one is trained
     runs: list[dict[str, Any]] = []
-    for rate in request.learning_rates or (settings.learning_rate,):
-        for seed in range(settings.seed, settings.seed + request.num_seeds):
-            changed = settings.model_copy(update={"learning_rate": rate, "seed": seed})
-            directory = output / f"lr-{rate:g}" / f"seed-{seed}"
-            results = _finished_run(prepared, request, changed, directory)
-            results = results or run_once(prepared, request, changed, directory, world, stop, watchdog)
-            runs.append(_run_entry(rate, seed, directory, results))
-            gc.collect()  # the engine's buffers, before the next one is built
+    for directory, changed in grid:
+        results = _finished_run(prepared, request, changed, directory)
+        results = results or run_once(prepared, request, changed, directory, world, stop, watchdog)
+        runs.append(_run_entry(changed.learning_rate, changed.seed, directory, results))
+        gc.collect()  # the engine's buffers, before the next one is built
     summary = {
         "task": prepared.task.name,
         "metric": settings.metric,

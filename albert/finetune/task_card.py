@@ -30,6 +30,8 @@ class TaskCard(BaseModel):
     seed: int
     options: dict[str, int | float | str | bool] = {}
     """Of the task: how long an answer may be, whether there may be none, and the like."""
+    is_pair: bool | None = None
+    """Whether examples have a second text; None where there are no text columns, and in older files."""
 
     @classmethod
     def read(cls, directory: Path) -> Self | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from albert.finetune.task_card import TaskCard
 from albert.model_config import model_config_bytes
 from albert.monitoring import Monitor
 from albert.precision import default_precision
-from albert.pretrained import load_pretrained, save_pretrained
+from albert.pretrained import check_replaceable, load_pretrained, save_pretrained
 from albert.stopping import StopRequest
 from albert.watchdog import Watchdog
 
@@ -72,19 +73,21 @@ def train(
 
     Raises:
         PreemptedError: a signal stopped the training.
-        ConfigError: the directory holds the checkpoint of another training.
+        ConfigError: the directory holds another training, finished or interrupted.
+        UnsafeError: OUTPUT/model holds files that are not the model's.
     """
     identity = identify(prepared, settings)
     finished = finished_results(output, identity)
     if finished:
         engine.load_weights(load_pretrained(output / MODEL_NAME)[1])
         return dict(finished["training"])
+    check_replaceable(output / MODEL_NAME)  # on all ranks, so that none waits for another
     began_at = time.perf_counter()
     world = engine.world
     checkpoints = TuningCheckpoints(output, identity, _model_files(prepared), engine, world)
     resumed = checkpoints.resume()
     if world.is_main:
-        (output / RESULTS_NAME).unlink(missing_ok=True)  # those of another training
+        (output / RESULTS_NAME).unlink(missing_ok=True)  # of an evaluation of another model
     first_step = resumed[0].step if resumed else 0
     monitor = _open_monitor(prepared, settings, output, first_step) if world.is_main else None
     with monitor or contextlib.nullcontext():
@@ -100,7 +103,12 @@ def train(
         _save_model(prepared, tuner, output)
     engine.load_weights(tuner.best)
     seconds = round(time.perf_counter() - began_at, 3)
-    result = {"fingerprint": identity.fingerprint, "seconds": seconds, **_outcome(tuner, warning)}
+    result = {
+        "fingerprint": identity.fingerprint,
+        "identity": dataclasses.asdict(identity),
+        "seconds": seconds,
+        **_outcome(tuner, warning),
+    }
     if world.is_main:
         update_results(output, {"training": result})
     checkpoints.remove()
@@ -170,6 +178,7 @@ def _save_model(prepared: Prepared, tuner: FineTuner, output: Path) -> None:
     """OUTPUT/model: the best weights."""
     if not tuner.world.is_main:
         return
+    columns = prepared.task.columns
     card = TaskCard(
         task=prepared.task.name,
         kind=prepared.task.kind,
@@ -179,6 +188,7 @@ def _save_model(prepared: Prepared, tuner: FineTuner, output: Path) -> None:
         score=tuner.progress.best_score,
         seed=tuner.settings.seed,
         options=dict(prepared.task.options),
+        is_pair=columns.text_b is not None if columns else None,
     )
     files = {"task.json": card.encode()}
     save_pretrained(output / MODEL_NAME, prepared.config, tuner.best, prepared.tokenizer.path, files)

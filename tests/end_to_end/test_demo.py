@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from albert.config import load_run_config
 from albert.errors import UnsafeError
+from albert.manifest import read_manifest
 from launcher.demo import STATE_NAME, DemoPlan, demo_stages, run_demo
 from launcher.demo_report import read_curves
 
@@ -122,6 +124,22 @@ def test_a_stage_that_fails_ends_the_demo_with_its_code_and_goes_on_there(tmp_pa
     assert "small.txt: 0 documents of at least 4 sentences" in result.stderr
     assert "the demo's stage 'text' ended with exit code 65; see" in result.stderr
     assert json.loads((tmp_path / "demo" / STATE_NAME).read_bytes())["done"] == {}
+
+
+def test_small_chinese_text_gets_a_model_of_its_size(tmp_path):
+    """Documents too short and too few for the vocabulary of the recipe, in characters that English has not."""
+    characters = [chr(0x4E00 + 7 * i) for i in range(300)]
+    sentences = ["".join(random.Random(i).choices(characters, k=12)) + "。" for i in range(240)]
+    corpus = tmp_path / "zh.txt"
+    corpus.write_text("\n\n".join("\n".join(sentences[i : i + 4]) for i in range(0, 240, 4)))
+    output = tmp_path / "demo"
+    result = _demo("--corpus", str(corpus), "--output", str(output), "--steps", "4", "--finetune-steps", "3")
+    assert result.returncode == 0, result.stderr + result.stdout
+    size = read_manifest(output / "shards").tokenizer.vocab_size
+    assert 300 < size < load_run_config("demo").model.vocab_size
+    assert json.loads((output / "huggingface" / "config.json").read_bytes())["vocab_size"] == size
+    for name in ("pretrain", "resume"):
+        assert f" model.vocab_size={size}\n" in (output / "logs" / f"{name}.log").read_text()
 
 
 def test_the_steps_of_the_recipe_are_the_default():

@@ -25,8 +25,13 @@ def workspace(tmp_path_factory):
 
 def pretrain(workspace: Path, name: str, *overrides: str, local_rank: str = "0") -> tuple[int, str]:
     """Exit code and messages of one rank."""
-    settings = ["--config", str(workspace / "config.yaml"), f"train.output_dir={workspace / name}", *NO_DROPOUT]
-    ended = subprocess.run(
+    settings = [
+        "--config",
+        str(workspace / "config.yaml"),
+        f"train.output_dir={workspace / name}",
+        *NO_DROPOUT,
+    ]
+    ended = subprocess.run(  # noqa: PLW1510 - the code is the result
         [sys.executable, "-m", "albert.pretrain", *settings, *overrides],
         cwd=ROOT,
         env={**os.environ, "LOCAL_RANK": local_rank},
@@ -47,7 +52,10 @@ def test_losses_are_those_of_a_cpu_also_when_resumed(workspace, precision, place
     expected = workspace / "cpu"
     if not expected.exists():
         assert pretrain(workspace, "cpu", "train.device=cpu")[0] == 0
-    name, chosen = f"{precision}-{placement}", (f"train.precision={precision}", f"deepspeed.config={placement}")
+    name, chosen = (
+        f"{precision}-{placement}",
+        (f"train.precision={precision}", f"deepspeed.config={placement}"),
+    )
     code, errors = pretrain(workspace, name, "train.device=cuda", "train.stop_after_steps=3", *chosen)
     assert code == 75, errors
     code, errors = pretrain(workspace, name, "train.device=cuda", *chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -248,11 +249,34 @@ def test_prediction_serves_json_lines(trained, inputs):
     assert "line 1: wanted a JSON object with text_a (KeyError: 'text_a')" in bad.stderr
 
 
+def test_prediction_wants_the_texts_of_the_training_and_answers_what_came_before(trained):
+    output, _ = trained
+    command = [sys.executable, "-m", "albert.finetune", "predict", "--model", str(output)]
+    good = b'\xef\xbb\xbf{"text_a": "a 1", "text_b": "2", "id": "\xe5\xa4\xa9"}\n\n'
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for line, message in (
+        (b'{"text_a": "b 1", "text_B": "2"}', "line 3: text_b is missing, unlike in the training"),
+        ('{"text_a": "天"}'.encode("gbk"), "line 3: byte 12 is not UTF-8; convert the input to UTF-8"),
+    ):
+        result = subprocess.run(
+            command,
+            input=good + line + b"\n",
+            capture_output=True,
+            cwd=_ROOT,
+            env={**os.environ, **ascii_only},
+            check=False,
+        )
+        assert (result.returncode, result.stderr.decode()) == (65, f"error: {message}\n")
+        (answer,) = result.stdout.decode().splitlines()
+        assert json.loads(answer)["id"] == "天"
+
+
 @pytest.mark.parametrize(
     ("kind", "lines", "message"),
     [
         ("classification", ['{"text_a": 5}'], "line 1: text_a is no text"),
         ("classification", ['{"text_a": ""}'], "line 1: text_a is empty"),
+        ("classification", ['{"text_a": "a", "text_b": 5}'], "line 1: text_b is no text"),
         ("classification", ["[1]"], "line 1: wanted a JSON object with text_a"),
         ("tagging", ['{"words": "abc"}'], "line 1: words is no list of texts"),
         ("choice", ['{"context": "c", "question": "q", "options": ["a", 1]}'], "line 1: options is no list of texts"),
@@ -261,15 +285,44 @@ def test_prediction_serves_json_lines(trained, inputs):
     ],
 )  # fmt: skip
 def test_lines_that_cannot_be_answered_are_refused(kind, lines, message):
-    class _Silent:
-        task = Task("t", kind, "", "accuracy", Recipe(1e-5, 1, epochs=1), {})
-
-        def predict(self, examples):
-            return [{} for _ in examples]
-
     with pytest.raises(DataError) as caught:
-        list(predict_lines(_Silent(), lines))
+        list(predict_lines(_Silent(kind), lines))
     assert message in str(caught.value)
+
+
+class _Silent:
+    """Answers with the names of the examples."""
+
+    def __init__(self, kind: str, is_pair: bool | None = None) -> None:
+        self.task = Task("t", kind, "", "accuracy", Recipe(1e-5, 1, epochs=1), {})
+        self.is_pair = is_pair
+
+    def predict(self, examples):
+        return [{"id": example.guid} for example in examples]
+
+
+_PAIR, _SINGLE = '{"text_a": "a", "text_b": "b"}', '{"text_a": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("is_pair", "good", "bad", "message"),
+    [
+        (True, _PAIR, _SINGLE, "text_b is missing, unlike in the training"),
+        (False, _SINGLE, _PAIR, "text_b is given, unlike in the training"),
+    ],
+)
+@pytest.mark.parametrize("number", [1, 2, 512, 513, 1025])
+def test_the_lines_before_a_bad_one_are_answered(is_pair, good, bad, message, number):
+    answers = predict_lines(_Silent("classification", is_pair), [good] * (number - 1) + [bad, good])
+    answered = []
+    with pytest.raises(DataError, match=f"^line {number}: {message}$"):
+        answered.extend(answers)
+    assert [answer["id"] for answer in answered] == [str(n) for n in range(1, number)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 512, 513])
+def test_every_line_is_answered(count):
+    assert len(list(predict_lines(_Silent("classification", True), [_PAIR] * count))) == count
 
 
 def _sweep(request: Request) -> dict:

@@ -15,6 +15,7 @@ import torch
 from albert.errors import run_command
 from albert.finetune import cli
 from albert.pretrained import load_pretrained
+from albert.run_lock import LOCK_NAME
 from tests.ranks import Ranks
 from tests.tiny_task import MODEL, write_model, write_task
 
@@ -138,6 +139,58 @@ def test_a_finished_training_is_not_done_again(inputs, whole):
     assert (whole / "predictions-test.jsonl").read_bytes() == predictions
 
 
+def _files(directory: Path) -> dict[str, tuple[int, bytes]]:
+    """All that a run leaves; its lock file names whoever came last."""
+    return {
+        str(path.relative_to(directory)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in directory.rglob("*")
+        if path.is_file() and path.name != LOCK_NAME
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "difference"),
+    [
+        ("--learning-rate=6e-3", "learning_rate: 0.005 there, 0.006 now"),
+        ("--max-steps=61", "max_steps: 60 there, 61 now"),
+    ],
+)
+def test_another_training_does_not_replace_a_finished_one(inputs, whole, capfd, option, difference):
+    before = _files(whole)
+    assert _start(inputs, whole, option, ranks=2).results() == [78, 78]
+    assert _files(whole) == before
+    assert (
+        f"error: {whole / 'results.json'}: this training differs from the one that was finished here; {difference}. "
+        f"Undo it, choose another --output, or remove {whole} to train from the beginning\n"
+    ) in capfd.readouterr().err
+
+
+def test_other_data_and_weights_do_not_replace_a_finished_training(inputs, whole, tmp_path, capfd):
+    other = (
+        write_task(tmp_path / "data", num_train=300, num_dev=40, seed=1),
+        write_model(tmp_path / "model", MODEL, seed=1),
+    )
+    before = _files(whole)
+    assert _start(other, whole).results() == [78]
+    assert _files(whole) == before
+    message = capfd.readouterr().err
+    assert "finished here; weights_sha256: '" in message
+    assert "data: has changed. Undo it" in message
+
+
+def test_a_finished_run_is_evaluated_whatever_the_settings(inputs, whole):
+    data, _ = inputs
+    training = json.loads((whole / "results.json").read_bytes())["training"]
+    model = _files(whole / "model")
+    arguments = [
+        "--task=lcqmc", f"--data-dir={data}", f"--model={whole}", f"--output={whole}", "--do-eval", "--do-test",
+        "--batch-size=10", "--learning-rate=1e-2", "--progress=off",
+    ]  # fmt: skip
+    assert Ranks(1, _command, arguments).results() == [0]
+    assert json.loads((whole / "results.json").read_bytes())["training"] == training
+    assert _files(whole / "model") == model
+
+
 def test_a_sweep_goes_on_with_the_run_that_was_stopped(inputs, tmp_path):
     sweep = ("--seeds=3",)
     first, second = tmp_path / "lr-0.005" / "seed-0", tmp_path / "lr-0.005" / "seed-1"
@@ -150,3 +203,7 @@ def test_a_sweep_goes_on_with_the_run_that_was_stopped(inputs, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == untouched
     assert len(json.loads((tmp_path / "sweep.json").read_bytes())["runs"]) == 3
     assert '"resumed"' in (second / "metrics.jsonl").read_text()
+    before = _files(tmp_path)
+    more = ("--learning-rates", "1e-3", "5e-3", "--batch-size=10")
+    assert _start(inputs, tmp_path, *sweep, *more).results() == [78]
+    assert _files(tmp_path) == before

@@ -195,3 +195,17 @@ def test_a_lost_rank_starts_the_job_again_as_often_as_allowed(tmp_path, monkeypa
     assert errors.count("launcher: rank 1 on ") == 2
     assert errors.count("launcher: restart 1 of 1") == 1
     assert launched.leftovers() == []
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_killed_starter_is_a_lost_job(tmp_path):
+    launched = Launched(tmp_path, "--steps", "100000")
+    rank = launched.pid_once_training(1)
+    starter = parent(parent(rank))  # between them is launcher.rank
+    os.kill(starter, signal.SIGKILL)
+    code, _, _ = launched.end()  # the ranks end with it, and may or may not be noticed first
+    assert code == 76
+    assert launched.leftovers() == []

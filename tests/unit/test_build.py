@@ -159,6 +159,16 @@ def test_held_out_documents_are_never_trained_on(place, tmp_path):
     assert abs(manifest.totals["eval.documents"] - 72) < 4 * 8.05
 
 
+def test_many_short_documents_leave_none_of_the_splits_empty(place, tmp_path):
+    """With a share that holds out nothing by itself; a few short documents are all needed for training."""
+    for number, held_out in ((20, 1), (19, 0)):
+        text = "\n\n".join(f"The {number} of them were number {i} of all." for i in range(number))
+        (tmp_path / "short.txt").write_text(text)
+        base = request(place, tmp_path / str(number), max_seq_length=64, eval_fraction=1e-9)
+        totals = build(replace(base, inputs=(str(tmp_path / "short.txt"),))).totals
+        assert (totals["train.documents"], totals.get("eval.documents", 0)) == (number - held_out, held_out)
+
+
 def test_copies_differ(place, dataset, tmp_path):
     one = make(place, tmp_path / "one")
     assert read_manifest(dataset).totals["train.examples"] == pytest.approx(
@@ -494,6 +504,19 @@ def test_wrong_commands_say_so_and_write_nothing(place, tmp_path, monkeypatch, a
         _main(["build", *(part for pair in options.items() for part in pair)])
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+
+
+def test_where_nothing_can_be_read_the_option_is_named(place, tmp_path):
+    (tmp_path / "zh.txt").write_bytes(CHINESE.encode("gb18030"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "Some words."}\n' * 4)
+    for name, options, advice in (
+        ("zh.txt", {}, "2 of 2 documents are not in --encoding utf-8"),
+        ("rows.jsonl", {"text_key": "body"}, "4 of 4 documents have no text under --text-key body"),
+    ):
+        base = request(place, tmp_path / "out", **options)
+        with pytest.raises(MissingInputError, match=f"held out 0; {advice}: give the right one$"):
+            build(replace(base, inputs=(str(tmp_path / name),)))
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_split_and_a_missing_dataset_are_named(place, tmp_path):

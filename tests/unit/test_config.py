@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from albert.config import gradient_accumulation_steps, load_run_config, recipe_names
+from albert.config_files import read_yaml
 from albert.deepspeed_config import build_deepspeed_config, placement_names, read_placement
 from albert.errors import ConfigError, MissingInputError
 from albert.model_config import MODEL_PRESETS, ModelConfig, read_model_config, write_model_config
@@ -95,7 +100,8 @@ def test_all_problems_are_reported_at_once():
         ),
         (
             ["train.global_batch_size=50", "train.micro_batch_size=16"],
-            r"\(50\) is not a multiple .* 48 and 64",
+            r"\(50\) is not a multiple of train.micro_batch_size \(16\); take a multiple of 16 x world_size, or a "
+            r"train.micro_batch_size that divides 50 / world_size",
         ),
         (["schedule.end_learning_rate=1"], r"schedule.end_learning_rate \(1.0\) must not exceed"),
         (["schedule.name=wsd"], r"schedule.decay_steps \(0\) must be between 1 and"),
@@ -103,6 +109,7 @@ def test_all_problems_are_reported_at_once():
         (["model.share_type=ffn", "model.num_hidden_groups=2"], "share_type 'ffn' needs num_hidden_groups 1"),
         (["model.final_ln=true"], "final_ln is for ln_type preln"),
         (["train={"], r"override 'train=\{': the value is not valid YAML"),
+        (["seed=2024-13-01"], "override 'seed=2024-13-01': the value is not valid YAML"),
     ],
 )
 def test_contradictions(overrides, message):
@@ -126,6 +133,63 @@ def test_missing_and_broken_files(tmp_path: Path):
         load_run_config(str(broken))
 
 
+_CHINESE = "# 模型\nmodel: {preset: base}\ndata: {directory: 数据}\n"
+
+
+def test_configurations_are_utf_8(tmp_path: Path):
+    path = tmp_path / "chinese.yaml"
+    path.write_text(_CHINESE, encoding="gbk")
+    with pytest.raises(ConfigError, match=r"chinese\.yaml: line 1 is not UTF-8; convert the file to UTF-8"):
+        load_run_config(str(path))
+    path.write_text('{"seed": 1,\n "模型": 1}', encoding="gbk")
+    with pytest.raises(ConfigError, match=r"chinese\.yaml: line 2 is not UTF-8; convert the file to UTF-8"):
+        read_placement(str(path))
+
+
+def test_configurations_are_read_alike_in_every_locale(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text(_CHINESE, encoding="utf-8-sig")
+    (tmp_path / "placement.json").write_text('{"seed": "种子"}', encoding="utf-8")
+    code = (
+        "import locale\n"
+        "from albert.config_files import read_yaml\n"
+        "from albert.deepspeed_config import Path, read_placement\n"
+        "assert locale.getpreferredencoding(False) != 'UTF-8'\n"
+        "print(ascii([read_yaml(Path('run.yaml')), read_placement('placement.json')]))"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **ascii_only},
+        check=False,
+    )
+    wanted = [{"model": {"preset": "base"}, "data": {"directory": "数据"}}, {"seed": "种子"}]
+    assert (result.stdout.rstrip(), result.stderr) == (ascii(wanted), "")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", "key 'seed' is given twice in .*, line 2, column 1"),
+        ("train:\n  num_steps: 1\n  precision: fp32\n  num_steps: 2\n", "key 'num_steps' is given twice .* line 4"),
+        ("seed: 2024-13-01\n", "month must be in 1..12"),
+    ],
+)  # fmt: skip
+def test_yaml_that_does_not_say_what_it_means_is_refused(tmp_path: Path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"run\.yaml: not valid YAML: {message}"):
+        load_run_config(str(path))
+
+
+def test_a_key_may_replace_one_that_is_merged(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("one: &one {a: 1, b: 2}\nother: {<<: *one, b: 3}\n")
+    assert read_yaml(path)["other"] == {"a": 1, "b": 3}
+
+
 def test_accumulation_is_derived_and_impossible_batches_name_the_nearest():
     config = load_run_config("base", ["train.global_batch_size=4096", "train.micro_batch_size=32"])
     assert gradient_accumulation_steps(config, 8) == 16
@@ -133,6 +197,26 @@ def test_accumulation_is_derived_and_impossible_batches_name_the_nearest():
         ConfigError, match=r"\(4096\) .* world_size \(48\) = 1536; nearest multiples are 3072 and 4608"
     ):
         gradient_accumulation_steps(config, 48)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro_batch", "world_size", "cure"),
+    [
+        (4096, 64, 4096, "take 262144, or set train.micro_batch_size=1"),
+        (100, 20, 2, "nearest multiples are 80 and 120, or set train.micro_batch_size=10"),
+        (100, 50, 5, "take 250, or set train.micro_batch_size=20"),
+        (96, 32, 5, "take 160"),
+    ],
+)
+def test_what_is_proposed_divides_over_the_ranks(batch, micro_batch, world_size, cure):
+    sizes = [f"train.global_batch_size={batch}", f"train.micro_batch_size={micro_batch}"]
+    with pytest.raises(ConfigError) as caught:
+        gradient_accumulation_steps(load_run_config("base", sizes), world_size)
+    assert str(caught.value).endswith(f"= {micro_batch * world_size}; {cure}")
+    for name, size in re.findall(r"(take|micro_batch_size=|multiples are|and) ?(\d+)", cure):
+        key = "micro" if name.startswith("micro") else "global"
+        mended = load_run_config("base", [*sizes, f"train.{key}_batch_size={size}"])
+        assert gradient_accumulation_steps(mended, world_size) >= 1
 
 
 @pytest.mark.parametrize(
@@ -150,6 +234,7 @@ def test_accumulation_is_derived_and_impossible_batches_name_the_nearest():
         ('{"communication_data_type": null}', "must be one of fp32, bf16, fp16"),
         ('{"activation_checkpointing": {}}', "use train.activation_checkpointing"),
         ("{", "not valid JSON"),
+        ("[1]", "holds no JSON object"),
     ],
 )
 def test_placement_files_are_checked(tmp_path: Path, text, message):

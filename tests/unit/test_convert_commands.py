@@ -16,7 +16,7 @@ from albert.convert import sizes
 from albert.convert.cli import run
 from albert.convert.foreign import published_mistakes, with_fields
 from albert.convert.probe import candidate_fields, probe
-from albert.errors import ConfigError, DataError, MissingInputError
+from albert.errors import ConfigError, DataError, MissingInputError, UnsafeError
 from albert.heads import (
     AlbertForPreTraining,
     AlbertForQuestionAnswering,
@@ -183,6 +183,31 @@ def test_onnx_without_its_packages_says_what_to_install(saved, tmp_path, monkeyp
         run(["to-onnx", str(saved), "--output", str(tmp_path / "model.onnx")])
 
 
+def test_onnx_replaces_an_onnx_file_and_nothing_else(saved, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    (tmp_path / "directory.onnx").mkdir()
+    for name in ("thesis.tex", "directory.onnx"):
+        with pytest.raises(UnsafeError, match=rf"--output .*{name}: exists and is no \.onnx file; choose"):
+            run(["to-onnx", str(saved), "--output", str(tmp_path / name)])
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+    pytest.importorskip("onnxruntime", reason="extra `onnx` is not installed")
+    (tmp_path / "model.onnx").write_text("x")
+    run(["to-onnx", str(saved), "--output", str(tmp_path / "model.onnx")])
+    assert (tmp_path / "model.onnx").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("command", ["to-hf", "from-hf"])
+def test_a_model_is_not_converted_in_its_own_place(command, saved, tmp_path, monkeypatch):
+    (saved / "task.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    (tmp_path / "link").symlink_to(saved)
+    monkeypatch.chdir(tmp_path)
+    for output in ("model", "link", str(saved)):
+        with pytest.raises(UnsafeError, match=f"--output {output}: is the source itself; choose another"):
+            run([command, "model", "--output", output])
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A little model that has learnt its text by heart, with its tokenizer and the text."""
@@ -247,6 +272,9 @@ def test_probe_refuses_what_it_cannot_score(trained, tmp_path):
     tokenizer = load_tokenizer(vocabulary)
     with pytest.raises(MissingInputError, match=r"--probe .*gone: no such text file"):
         probe(model.config, model.state_dict(), tokenizer, tmp_path / "gone")
+    (tmp_path / "gbk").write_text("模型", encoding="gbk")
+    with pytest.raises(DataError, match=r"--probe .*gbk: byte 2 is not UTF-8; convert the file to UTF-8"):
+        probe(model.config, model.state_dict(), tokenizer, tmp_path / "gbk")
     (tmp_path / "short").write_text("alpha\nbeta\n")
     with pytest.raises(DataError, match="no line of at least 8 tokens"):
         probe(model.config, model.state_dict(), tokenizer, tmp_path / "short")
@@ -330,3 +358,4 @@ def test_help_teaches_by_example(capsys):
     out = capsys.readouterr().out
     for command in ("sizes", "inspect", "from-tf", "from-hf", "from-albert-pytorch", "to-hf", "to-onnx"):
         assert f"python -m albert.convert {command}" in out
+    assert "to-onnx runs/lcqmc/model " in out

@@ -13,6 +13,7 @@ from model_samples import padded, perturbed, random_sequences, tiny
 from albert.convert.cli import run
 from albert.convert.huggingface_export import ARCHITECTURES, write_hugging_face
 from albert.errors import ConfigError, DataError, MissingInputError, UnsafeError
+from albert.finetune.task_card import TaskCard
 from albert.heads import (
     AlbertForMultipleChoice,
     AlbertForPreTraining,
@@ -130,6 +131,35 @@ def test_every_class_loads_silently_and_comes_back_bitwise(architecture, tmp_pat
         own = {n: x for n, x in own.items() if "pooler" not in n}
     assert state.keys() == own.keys()
     assert all(torch.equal(state[n], x) for n, x in own.items())
+
+
+@pytest.mark.parametrize("architecture", ["AlbertForSequenceClassification", "AlbertForTokenClassification"])
+def test_the_labels_of_a_fine_tuned_model_are_exported(architecture, tmp_path):
+    model = MODELS[architecture](tiny())
+    num_labels = 3 if architecture == "AlbertForSequenceClassification" else 5
+    labels = ("O", "B-LOC", "I-LOC", "乙", "丙")[:num_labels]
+    card = TaskCard(
+        task="t", kind="classification", labels=labels, max_seq_length=32, metric="accuracy", score=None, seed=0
+    )  # fmt: skip
+    files = {"task.json": card.encode()}
+    save_pretrained(tmp_path / "ours", model.config, model.state_dict(), None, files)
+    run(["to-hf", str(tmp_path / "ours"), "--output", str(tmp_path / "hf")])
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    assert config.id2label == dict(enumerate(labels))
+    assert config.label2id == {label: number for number, label in enumerate(labels)}
+    wrong = card.model_copy(update={"labels": ("a", "b")})
+    (tmp_path / "ours" / "task.json").write_bytes(wrong.encode())
+    with pytest.raises(DataError, match=rf"the model has {num_labels} outputs and 2 labels \(a, b\)"):
+        run(["to-hf", str(tmp_path / "ours"), "--output", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+
+
+def test_without_a_task_card_labels_are_numbered(tmp_path):
+    model = AlbertForSequenceClassification(tiny(), 2)
+    write_hugging_face(tmp_path / "hf", model.config, model.state_dict(), None)
+    raw = json.loads((tmp_path / "hf" / "config.json").read_bytes())
+    assert raw["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
+    assert raw["label2id"] == {"LABEL_0": 0, "LABEL_1": 1}
 
 
 def test_layers_that_share_nothing_become_groups(tmp_path):

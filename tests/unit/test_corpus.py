@@ -119,6 +119,25 @@ def test_other_encodings(tmp_path):
         find_sources([str(write(tmp_path / "b.txt", LINES.encode("utf-16")))], (), BuildSettings())
 
 
+@pytest.mark.parametrize("text", [LINES * 20, CHINESE * 9, "".join(CHINESE.split()) * 40])
+@pytest.mark.parametrize(("encoding", "kind"), [("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE")])
+def test_utf16_without_a_mark_is_refused(tmp_path, text, encoding, kind):
+    path = write(tmp_path / "two words.txt", text.encode(encoding))
+    if "\n" not in text:
+        kind = "UTF-16LE"  # nothing tells the order of the bytes
+    with pytest.raises(DataError) as caught:
+        find_sources([str(path)], (), BuildSettings())
+    assert str(caught.value) == (
+        f"{path}: is UTF-16 or no text (it holds many NUL bytes); convert it first: "
+        f"iconv -f {kind} -t UTF-8 '{path}'"
+    )
+
+
+def test_stray_nul_bytes_are_no_utf16(tmp_path):
+    for data in (b"A\x00b " * 7, b"a line\n" * 3000 + b"\x00" * 40):
+        assert find_sources([str(write(tmp_path / "a.txt", data))], (), BuildSettings())
+
+
 def test_unknown_encodings_are_refused():
     with pytest.raises(ValueError, match="no encoding 'klingon' is known"):
         BuildSettings(encoding="klingon")

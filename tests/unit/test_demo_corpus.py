@@ -9,6 +9,7 @@ import pytest
 
 from albert.errors import DataError, MissingInputError, UnsafeError
 from data_prep.demo_corpus import clean_sentences, split_pairs, tampered_pairs, write_demo_corpus
+from tests.corpora import CHINESE
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,22 @@ def test_what_cannot_be_done_is_said(demo, tmp_path):
         write_demo_corpus(tmp_path / "out", tmp_path / "none.txt")
     (tmp_path / "few.txt").write_text("One. Two. Three. Four words here. Five.\n")
     with pytest.raises(
-        DataError, match="1 documents of at least 4 sentences, the sentence-pair task needs 40"
+        DataError,
+        match="1 documents of at least 4 sentences, none counted twice; the demo needs 40; put a blank line",
     ):
+        write_demo_corpus(tmp_path / "out", tmp_path / "few.txt")
+    (tmp_path / "few.txt").write_text("\n\n".join(["One here.\nTwo here.\nThree here.\nFour here."] * 60))
+    with pytest.raises(DataError, match="1 documents of at least 4 sentences, none counted twice"):
+        write_demo_corpus(tmp_path / "out", tmp_path / "few.txt")
+    (tmp_path / "few.txt").write_text("\n\n".join("A\n" * (4 + i) for i in range(60)))
+    with pytest.raises(
+        DataError, match="task needs neighbouring sentences that differ; give text that varies"
+    ):
+        write_demo_corpus(tmp_path / "out", tmp_path / "few.txt")
+    (tmp_path / "few.txt").write_bytes(CHINESE.encode("gb18030"))
+    with pytest.raises(DataError, match="the demo needs 40; convert it to UTF-8"):
+        write_demo_corpus(tmp_path / "out", tmp_path / "few.txt")
+    (tmp_path / "few.txt").write_bytes(CHINESE.encode("utf-16"))
+    with pytest.raises(DataError, match=r"few.txt: is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8"):
         write_demo_corpus(tmp_path / "out", tmp_path / "few.txt")
     assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -52,6 +53,54 @@ def test_a_full_disk_anywhere_is_74(capsys, monkeypatch):
 
     assert errors.run_command(fail) == 74
     assert "/data/x: No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG]
+)
+def test_a_path_that_cannot_be_written_is_74(capsys, monkeypatch, number):
+    monkeypatch.delenv("RANK", raising=False)
+
+    def fail(*path: str) -> None:
+        raise OSError(number, os.strerror(number), *path)
+
+    assert errors.run_command(lambda: fail("/data/x")) == 74
+    advice = "change its permissions or choose another place"
+    assert capsys.readouterr().err == f"error: /data/x: {os.strerror(number)}; {advice}\n"
+    with pytest.raises(OSError, match=os.strerror(number)):  # of no file: a defect, with its traceback
+        errors.run_command(fail)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "albert.pretrain --config demo --bogus",
+            "python -m albert.pretrain: unrecognized arguments: --bogus",
+        ),
+        ("albert.pretrain", "the following arguments are required: --config"),
+        ("albert.finetune --learning-rate x", "argument --learning-rate: invalid float value: 'x'"),
+        (
+            "albert.finetune predict",
+            "python -m albert.finetune predict: the following arguments are required: --model",
+        ),
+        ("albert.preflight", "the following arguments are required: --config"),
+        ("albert.convert to-hf --bogus", "see python -m albert.convert to-hf --help"),
+        (
+            "data_prep build --max-seq-length x",
+            "python -m data_prep build: argument --max-seq-length: invalid int",
+        ),
+        ("launcher local -n x pretrain", "argument -n: invalid int value: 'x'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_78(command, message):
+    ended = subprocess.run(
+        [sys.executable, "-m", *command.split()], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 78
+    assert ended.stderr.startswith("error: ")
+    assert message in ended.stderr
+    assert ended.stderr.count("\n") == 1
 
 
 def test_success_and_defects():

@@ -152,6 +152,7 @@ def test_a_task_of_ones_own(tmp_path):
             "doc_strid: unknown key; known are doc_stride",
         ),
         ("name: [\n", "not valid YAML"),
+        (_CUSTOM + "epochs: 3\n", "not valid YAML: key 'epochs' is given twice in"),
     ],
 )
 def test_a_wrong_task_file_is_refused(tmp_path, text, message):
@@ -160,6 +161,18 @@ def test_a_wrong_task_file_is_refused(tmp_path, text, message):
         read_task(tmp_path / "task.yaml")
     for part in message.split("; columns"):
         assert part in str(caught.value)
+
+
+def test_a_task_file_is_utf_8(tmp_path):
+    path = tmp_path / "task.yaml"
+    text = (
+        _CUSTOM.replace("title", "标题").replace("[1, 2, 3]", "[好, 坏]").replace("text_b: 3", "text_b: 正文")
+    )
+    path.write_text(text, encoding="gbk")
+    with pytest.raises(ConfigError, match=r"task\.yaml: line 4 is not UTF-8; convert the file to UTF-8"):
+        read_task(path)
+    path.write_text(text, encoding="utf-8-sig")
+    assert read_task(path).labels == ("好", "坏")
 
 
 def test_a_task_file_that_is_not_there():

@@ -108,6 +108,15 @@ def launch(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
     return ended.value.code, capsys.readouterr().err
 
 
+def test_a_dry_run_of_a_pretraining_needs_no_dataset_yet(capsys, monkeypatch):
+    words = ["local", "-n", "2", "--dry-run", "pretrain", "--config", "demo", "data.directory=/nowhere"]
+    monkeypatch.setattr(sys, "argv", ["launcher", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert "albert.pretrain --config demo data.directory=/nowhere" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -1,5 +1,7 @@
 """Inside a Slurm job: what an allocation means, what data preparation starts, and which nodes are bad."""
 
+import json
+
 import pytest
 
 from albert.errors import ConfigError
@@ -9,7 +11,8 @@ from launcher.outcome import RankEnd
 from launcher.requeue import excluded_nodes
 from launcher.slurm_data import data_command, mpi_variables, run_data
 from launcher.slurm_preflight import bad_nodes, preflight_arguments
-from launcher.slurm_ranks import SlurmSettings, last_error
+from launcher.slurm_ranks import LOG_ROOT, SlurmSettings, last_error
+from launcher.slurm_status import status_lines
 
 TWO_NODES = Allocation(7, "a", 0, ("n1", "n2"), 4, 2)
 
@@ -190,3 +193,32 @@ def test_the_cause_is_the_last_error_of_the_rank_that_failed_first(tmp_path):
     assert last_error(tmp_path, ends(76, 65, 65)) == "b: damaged"
     assert last_error(tmp_path, ends(76, 76)) is None
     assert last_error(tmp_path, ends(1)) is None  # it left no log
+
+
+@pytest.mark.parametrize(
+    ("squeue", "last"),
+    [
+        ("echo 1:00", "12   a     RUNNING  -     -     1:00  0         None"),
+        (
+            "echo squeue: error: Unable to contact slurm controller >&2; exit 1",
+            "states and times may be missing: squeue refused: Unable to contact slurm controller",
+        ),
+        (
+            "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1",
+            "12   a     RUNNING  -     -     -     0         None",
+        ),
+    ],
+)
+def test_what_squeue_refuses_is_said(tmp_path, monkeypatch, squeue, last):
+    for name, script in (("scontrol", "echo JobState=RUNNING Restarts=0 Reason=None"), ("squeue", squeue)):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / LOG_ROOT / "a-12"
+    directory.mkdir(parents=True)
+    job = {"job_id": 12, "program": "data", "arguments": []}
+    (directory / "job.json").write_text(json.dumps(job))
+    lines = status_lines([])
+    assert lines[-1] == last
+    assert lines[1].startswith("12   a     RUNNING")

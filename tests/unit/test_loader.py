@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
+import time
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -12,9 +14,9 @@ import pytest
 import torch
 
 from albert.config import DataConfig
-from albert.errors import ConfigError, DataError
+from albert.errors import ConfigError, DataError, MissingInputError
 from albert.loader import BatchPlan, ExampleSource, Row, TrainLoader, check_dataset
-from albert.manifest import Manifest, read_manifest
+from albert.manifest import Manifest, check_files, read_manifest
 from albert.sample_order import Place
 from albert.shards import ShardReader
 from tests.synthetic import MAX_LENGTH, VOCAB_SIZE, make_dataset
@@ -178,12 +180,74 @@ def test_a_step_of_many_micro_batches_keeps_no_files_open(dataset, manifest):
         assert [examples_of(batch) for batch in step] == [examples_of(batch) for batch in expected]
 
 
+def read_one_step(config: DataConfig, manifest: Manifest, connection) -> None:
+    """A rank that begins to train, tells the pids of its loader processes and waits to be killed."""
+    plan = BatchPlan(1, 1, 0, 1, num_steps=10000)
+    steps = TrainLoader(config, manifest, plan, seed=5).steps(0, 0)
+    next(steps)
+    connection.send([process.pid for process in multiprocessing.active_children()])
+    signal.pause()
+
+
+def test_loader_processes_end_with_a_rank_that_is_killed(dataset, manifest):
+    """Within seconds: torch's own look after the parent comes every 5 s, and then waits for what nobody reads."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    config = DataConfig(directory=str(dataset), num_workers=2)
+    rank = multiprocessing.get_context("fork").Process(target=read_one_step, args=(config, manifest, sender))
+    rank.start()
+    workers = receiver.recv()
+    assert len(workers) == 2
+    assert all(is_running(pid) for pid in workers)
+    rank.kill()
+    rank.join()
+    deadline = time.monotonic() + 2
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    """False for a process that has ended, whether or not somebody took note of it."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
 def test_a_dataset_that_does_not_fit_the_model_is_refused(manifest):
     check_dataset(manifest, VOCAB_SIZE, MAX_LENGTH, "shards")
     with pytest.raises(ConfigError, match=f"set model.vocab_size={VOCAB_SIZE}"):
         check_dataset(manifest, 30000, MAX_LENGTH, "shards")
     with pytest.raises(ConfigError, match="build shards with --max-seq-length 16"):
         check_dataset(manifest, VOCAB_SIZE, 16, "shards")
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "message"),
+    [
+        (lambda d: (d / "train-00001.tar").unlink(), MissingInputError,
+         "train-00001.tar: shard is missing, 1 of the manifest's 3 are; copy the dataset again"),
+        (lambda d: [path.unlink() for path in d.glob("train-*.tar")], MissingInputError,
+         "train-00000.tar: shard is missing, 2 of the manifest's 3 are; copy the dataset again"),
+        (lambda d: _truncate(d / "eval-00000.tar"), DataError,
+         " bytes, the manifest says {eval}; 1 of 3 shards have another size, copy the dataset again"),
+        (lambda d: (d / "tokenizer" / "vocab.txt").open("a").write("\n"), DataError,
+         "vocab.txt: is not the tokenizer that the manifest names; copy the dataset again"),
+        (lambda d: (d / "tokenizer" / "vocab.txt").unlink(), MissingInputError,
+         "vocab.txt: the dataset's tokenizer is missing; copy the dataset again"),
+    ],
+)  # fmt: skip
+def test_files_that_differ_from_the_manifest_are_noticed_at_the_start(tmp_path, damage, kind, message):
+    manifest = make_dataset(tmp_path / "shards")
+    check_files(tmp_path / "shards", manifest)
+    damage(tmp_path / "shards")
+    with pytest.raises(kind) as caught:
+        check_files(tmp_path / "shards", manifest)
+    assert type(caught.value) is kind
+    assert message.format(eval=manifest.split("eval")[0].bytes) in str(caught.value)
 
 
 def test_a_batch_crosses_to_another_process_as_bytes(dataset, manifest):

@@ -167,6 +167,27 @@ def test_saving_replaces_a_model_but_nothing_else(saved, model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "precious"]
 
 
+@pytest.mark.parametrize("name", [".git/HEAD", "tokenizer.json/x", "notes.txt", "pytorch_model.bin"])
+def test_a_directory_with_a_configuration_is_replaced_only_if_all_of_it_is_a_models(saved, model, name):
+    (saved / name).parent.mkdir(exist_ok=True)
+    (saved / name).write_text("x")
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    with pytest.raises(UnsafeError, match=f"is not a model directory, it holds {name.split('/')[0]}; choose"):
+        save_pretrained(saved, model.config, model.state_dict(), None)
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_or_a_lone_tokenizer_is_not_replaced(model, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UnsafeError, match="file: exists and is not a directory"):
+        save_pretrained(tmp_path / "file", model.config, model.state_dict(), None)
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "vocab.txt").write_text("x")
+    with pytest.raises(UnsafeError, match=r"words: exists and is not a model directory, no config\.json"):
+        save_pretrained(tmp_path / "words", model.config, model.state_dict(), None)
+    assert (tmp_path / "file").read_text() == (tmp_path / "words" / "vocab.txt").read_text() == "x"
+
+
 def test_a_failed_save_leaves_the_old_model_and_no_rubbish(saved, model, tmp_path):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     incomplete = dict(list(model.state_dict().items())[1:])
@@ -220,6 +241,9 @@ def test_foreign_configurations(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
+        load_pretrained(tmp_path)
+    path.write_text('{"name": "模型"}', encoding="gbk")
+    with pytest.raises(ConfigError, match=r"config\.json: line 1 is not UTF-8; convert the file to UTF-8"):
         load_pretrained(tmp_path)
     path.write_text(json.dumps({"hidden_size": 10, "num_attention_heads": 3}))
     (tmp_path / "model.safetensors").write_bytes(b"")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from albert.tokenization import (
     load_tokenizer,
     normalise_texts,
 )
+from data_prep.cli import main
 from data_prep.tokenizer import train_tokenizer
 from tests.corpora import CHINESE, english_documents, english_tokenizer, wordpiece_vocabulary, write_english
 
@@ -197,7 +200,8 @@ def test_training_refuses_what_cannot_work(tmp_path):
     ):
         train_tokenizer([str(corpus)], tmp_path / "t", 900_000)
     with pytest.raises(
-        ConfigError, match=r"--vocab-size 20: too small for the characters of this text \(\d+\)"
+        ConfigError,
+        match=r"--vocab-size 20: too small for the characters of this text, which need \d+ pieces; ask",
     ):
         train_tokenizer([str(corpus)], tmp_path / "t", 20)
     assert not (tmp_path / "t").exists()
@@ -207,3 +211,102 @@ def test_training_refuses_what_cannot_work(tmp_path):
     train_tokenizer([str(corpus)], tmp_path / "t", 500)
     with pytest.raises(UnsafeError, match="exists; remove it"):
         train_tokenizer([str(corpus)], tmp_path / "t", 500)
+
+
+def test_the_number_of_pieces_that_the_characters_need_is_enough(tmp_path):
+    corpus = write_english(tmp_path / "text.txt")
+    with pytest.raises(ConfigError) as caught:
+        train_tokenizer([str(corpus)], tmp_path / "t", 20)
+    needed = int(str(caught.value).split("which need ")[1].split()[0])
+    with pytest.raises(ConfigError, match=f"too small .* which need {needed} pieces"):
+        train_tokenizer([str(corpus)], tmp_path / "t", needed - 1)
+    assert load_tokenizer(train_tokenizer([str(corpus)], tmp_path / "t", needed)).vocab_size == needed
+
+
+def test_a_vocabulary_that_is_fitted_takes_what_the_text_yields(tmp_path):
+    (tmp_path / "small.txt").write_text(
+        "\n".join(f"{word} goes there." for word in ODD_TEXTS[:3] * 9) + CHINESE
+    )
+    small = load_tokenizer(
+        train_tokenizer([str(tmp_path / "small.txt")], tmp_path / "s", 4000, fits_text=True)
+    )
+    assert 100 < small.vocab_size < 1000
+    assert small.unk_id not in small.encode_batch(["天下大势，分久必合"])[0]
+    corpus = write_english(tmp_path / "text.txt")
+    exact, fitted = (
+        load_tokenizer(train_tokenizer([str(corpus)], tmp_path / name, 500, fits_text=fits))
+        for name, fits in (("exact", False), ("fitted", True))
+    )
+    assert exact.vocab_size == 500
+    assert exact.pieces(range(500)) == fitted.pieces(range(500))
+
+
+def test_rare_characters_are_left_out_where_not_all_fit(tmp_path):
+    common = "天地玄黄宇宙洪荒"
+    rare = "".join(map(chr, range(0x4F00, 0x4F00 + 60)))
+    (tmp_path / "zh.txt").write_text("\n".join([common * 50] * 20 + [rare]) + "\n")
+    files = [str(tmp_path / "zh.txt")]
+    with pytest.raises(ConfigError, match="too small for the characters of this text"):
+        train_tokenizer(files, tmp_path / "t", 40)
+    tokenizer = load_tokenizer(train_tokenizer(files, tmp_path / "t", 40, fits_text=True))
+    assert tokenizer.vocab_size <= 40
+    assert tokenizer.unk_id not in tokenizer.encode_batch([common])[0]
+    assert tokenizer.unk_id in tokenizer.encode_batch([rare])[0]
+    message = (
+        "--vocab-size 15: too small even for the characters that make up 98 % of this text; ask for more"
+    )
+    with pytest.raises(ConfigError, match=message):
+        train_tokenizer(files, tmp_path / "u", 15, fits_text=True)
+    with pytest.raises(ConfigError, match=r"--character-coverage 0\.5: must be from 0\.98 to 1"):
+        train_tokenizer(files, tmp_path / "u", 40, character_coverage=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "advice"),
+    [
+        (
+            "a.jsonl",
+            b'{"body": "Some words."}\n' * 4,
+            "4 of 4 documents have no text under --text-key text: give the right",
+        ),
+        (
+            "a.txt",
+            CHINESE.encode("gb18030"),
+            "2 of 2 documents are not in --encoding utf-8: give the right one",
+        ),
+    ],
+)
+def test_where_nothing_can_be_read_the_option_is_named(tmp_path, name, data, advice):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(MissingInputError) as caught:
+        train_tokenizer([str(tmp_path / name)], tmp_path / "t", 100)
+    assert f"holds no text to learn from; {advice}" in str(caught.value)
+
+
+def test_the_command_reads_what_build_reads(tmp_path, monkeypatch, capsys):
+    (tmp_path / "zh.txt").write_bytes(CHINESE.encode("gb18030"))
+    rows = "".join(json.dumps({"body": line}) + "\n" for line in CHINESE.split("\n"))
+    (tmp_path / "zh.jsonl").write_text(rows)
+    for name, options in (("zh.txt", ["--encoding", "gb18030"]), ("zh.jsonl", ["--text-key", "body"])):
+        words = [
+            "--input",
+            str(tmp_path / name),
+            "--output",
+            str(tmp_path / "t"),
+            "--vocab-size",
+            "900",
+            "--fit",
+        ]
+        monkeypatch.setattr(sys, "argv", ["data_prep", "tokenizer", *words, *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        size = load_tokenizer(tmp_path / "t").vocab_size
+        assert 100 < size < 900
+        assert capsys.readouterr().out == f"{tmp_path}/t/spiece.model: {size} pieces\n"
+        (tmp_path / "t/spiece.model").unlink()
+    monkeypatch.setattr(sys, "argv", ["data_prep", "tokenizer", *words, "--encoding", "utf-16"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 78
+    assert "utf-16 does not keep ASCII bytes" in capsys.readouterr().err
