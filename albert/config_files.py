@@ -10,6 +10,9 @@ import yaml
 
 from albert.errors import ConfigError
 
+_MERGE = "tag:yaml.org,2002:merge"
+"""Of `<<`, which may be given several times."""
+
 
 def read_text(path: Path | Traversable) -> str:
     """Content of a file, without a byte order mark.
@@ -31,24 +34,24 @@ def read_yaml(path: Path | Traversable) -> Any:
     Raises:
         ConfigError: it is not UTF-8, not YAML, or gives a key twice.
     """
-    loader = _UniqueKeys(read_text(path))
     try:
-        return loader.get_single_data()
+        return _UniqueKeys(read_text(path)).get_single_data()
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    finally:
-        loader.dispose()
 
 
 class _UniqueKeys(yaml.SafeLoader):
     """YAML would silently take the last value of a key."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            if (key.tag, key.value) in seen:
+                raise yaml.composer.ComposerError(
                     problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark
                 )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+            seen.add((key.tag, key.value))
+        return node

@@ -96,8 +96,9 @@ def run_command(main: Callable[[], None]) -> int:
         if error.errno not in _DISK_ERRNOS and not is_path:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        advice = "change its permissions" if is_path else "free space"
-        sys.stderr.write(f"{prefix}error: {where}{error.strerror}; {advice} or choose another place\n")
+        is_refused = error.errno in (errno.EACCES, errno.EPERM)
+        advice = "change its permissions or " if is_refused else "" if is_path else "free space or "
+        sys.stderr.write(f"{prefix}error: {where}{error.strerror}; {advice}choose another place\n")
         return DiskError.exit_code
     return 0
 

@@ -265,6 +265,8 @@ class TrainLoader:
             _Positions(self.source, self.order, self._names_examples),
             batch_sampler=_PositionSampler(self._plan, first_step, first_position, skipped),
             num_workers=workers,
+            # The way in which workers know their parent; another one starts them from a server.
+            multiprocessing_context="fork" if workers else None,
             prefetch_factor=4 if workers else None,
             collate_fn=_identity,
             worker_init_fn=functools.partial(_set_up_worker, os.getpid()),

@@ -44,7 +44,7 @@ _EXAMPLES = """examples:
 
 A run that was stopped or killed goes on where it was when the same command is given again.
 exit codes: 0 done, 65 bad data, 66 missing input, 70 non-finite, 74 disk, 75 stopped with the checkpoint
-committed (start it again), 76 another rank was lost, 78 configuration"""
+committed (start it again), 76 another rank was lost, 77 refused as unsafe, 78 configuration"""
 
 
 def main() -> None:

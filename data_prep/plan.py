@@ -104,7 +104,7 @@ def _refuse_utf16(name: str, head: bytes) -> None:
     """
     if head.startswith(_UTF16_MARKS):
         what, kind = "UTF-16", "UTF-16"
-    elif head.count(0) >= _FEW_NULS and head.count(0) > _NUL_SHARE * len(head):
+    elif head.count(0) >= max(_FEW_NULS, _NUL_SHARE * len(head)) and not _separates_with_nuls(head):
         # Only in the right order of bytes do many line ends and spaces come out.
         orders = ("UTF-16LE", "UTF-16BE")
         kind = max(orders, key=lambda order: sum(map(head.decode(order, errors="ignore").count, "\n ")))
@@ -112,6 +112,15 @@ def _refuse_utf16(name: str, head: bytes) -> None:
     else:
         return
     raise DataError(f"{name}: is {what}; convert it first: iconv -f {kind} -t UTF-8 {shlex.quote(name)}")
+
+
+def _separates_with_nuls(head: bytes) -> bool:
+    """Whether it is UTF-8 with NUL bytes anywhere; UTF-16 that is valid UTF-8 has them at odd or at even places."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return max(head[::2].count(0), head[1::2].count(0)) < 0.9 * head.count(0)
 
 
 def _parse_weight(text: str) -> tuple[str, float]:

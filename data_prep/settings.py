@@ -67,7 +67,7 @@ class BuildSettings(BaseModel):
     min_document_tokens: int = Field(default=4, ge=1)
     """Shorter documents are rejected."""
     eval_fraction: float = Field(default=0.01, ge=0, lt=1)
-    """Share of the documents, by hash of their text, that is held out for evaluation."""
+    """Share of the documents, by hash of their text, that is held out for evaluation (one of a small corpus)."""
     dedup: Literal["none", "exact", "near"] = "none"
     """Drop repeated documents: the same text, or nearly the same (MinHash of word shingles)."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
+from albert.command_line import CommandParser
 from albert.config import load_run_config
 from albert.deepspeed_config import build_deepspeed_config
 from albert.errors import ConfigError
@@ -22,7 +22,7 @@ def check_pretrain(arguments: Sequence[str], num_ranks: int, *, with_data: bool 
     Raises:
         ConfigError, MissingInputError: as `albert.pretrain` would, seconds later and on every rank.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = CommandParser("python -m albert.pretrain", add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     known, rest = parser.parse_known_args(list(arguments))
     if any(word.startswith("-") for word in rest):

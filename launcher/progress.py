@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from albert.command_line import CommandParser
 from albert.config import load_run_config
 from albert.errors import AlbertError
+from launcher.job import PROGRAMS
 
 _TAIL_BYTES = 65536
 _STEP = re.compile(r"step-(\d+)")
@@ -18,7 +19,7 @@ _STEP = re.compile(r"step-(\d+)")
 
 def run_directory(program: str, arguments: Sequence[str]) -> Path | None:
     """Where a program writes its run, as far as its arguments say."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = CommandParser(f"python -m {PROGRAMS[program]}", add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--output")
     known, rest = parser.parse_known_args(list(arguments))

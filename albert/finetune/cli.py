@@ -36,7 +36,7 @@ output: model/ (the best weights by --metric on dev; --model reads it again), re
       --do-predict the benchmark's submission file. --seeds and --learning-rates add sweep.json and sweep.md.
 A training that was stopped or killed goes on where it was when the same command is given again.
 exit codes: 0 done, 65 bad data, 66 missing input, 70 non-finite, 74 disk, 75 stopped by a signal with the checkpoint
-committed (start it again), 76 another rank died or hangs (start it again), 78 configuration"""
+committed (start it again), 76 another rank died or hangs (start it again), 77 refused as unsafe, 78 configuration"""
 
 _SETTINGS: dict[str, tuple[type, str]] = {
     "learning_rate": (float, "peak learning rate"),
@@ -98,17 +98,18 @@ def _main() -> None:
 
 
 def _run(request: Request, task: Task, settings: FinetuneSettings, stop: StopRequest) -> None:
-    """Import torch only once the command line is known to make sense."""
+    """Import torch only once the command line is known to make sense, and DeepSpeed once the device is chosen."""
     from albert.distributed import barrier, close_world, init_world, peer_errors
     from albert.finetune.preparation import prepare
-    from albert.finetune.run import run_once
-    from albert.finetune.sweep import run_sweep
     from albert.watchdog import SLOW_PHASES, Watchdog
 
     stop.install()
     prepared = prepare(request, task, settings)
     with peer_errors():
         world = init_world(settings.device, settings.peer_timeout_s)
+        from albert.finetune.run import run_once
+        from albert.finetune.sweep import run_sweep
+
         # Ranks wait for the one that evaluates most slowly.
         slow = (*SLOW_PHASES, "evaluate")
         try:

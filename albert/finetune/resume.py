@@ -57,9 +57,9 @@ class Identity:
     def differences(self, other: Identity) -> list[str]:
         """What another training has otherwise, for people."""
         lines = [
-            f"{name}: {other.values.get(name)!r} there, {value!r} now"
-            for name, value in self.values.items()
-            if other.values.get(name) != value
+            f"{name}: {other.values.get(name)!r} there, {self.values.get(name)!r} now"
+            for name in sorted({*self.values, *other.values})
+            if other.values.get(name) != self.values.get(name)
         ]
         hashes = {
             "data": (other.data_sha256, self.data_sha256),

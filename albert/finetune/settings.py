@@ -49,7 +49,7 @@ class FinetuneSettings(BaseModel):
     """Decides which checkpoint is best."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     precision: Literal["bf16", "fp16", "fp32", "auto"] = "auto"
-    """auto: bf16 on CUDA, fp32 on CPU."""
+    """auto: bf16 on CUDA (fp16 before Ampere), fp32 on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deepspeed: str = "zero1"
     """Placement file of ds_configs, or a path."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import tiny_task
 from tests.runs import NO_DROPOUT, losses, make_workspace
 
 pytestmark = [
@@ -70,3 +71,26 @@ def test_a_rank_that_sees_one_gpu_uses_it_whatever_its_place_on_the_node(workspa
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     code, errors = pretrain(workspace, "place", "train.device=cuda", "train.precision=bf16", local_rank="3")
     assert code == 0, errors
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_fine_tuning_computes_where_it_is_told_to(tmp_path, device):
+    task, model = tiny_task.write_task(tmp_path / "task"), tiny_task.write_model(tmp_path / "model")
+    words = [
+        "--task",
+        "lcqmc",
+        "--data-dir",
+        task,
+        "--model",
+        model,
+        "--output",
+        tmp_path / "run",
+        "--device",
+        device,
+    ]
+    ended = subprocess.run(  # noqa: PLW1510 - the code is the result
+        [sys.executable, "-m", "albert.finetune", *map(str, words), "--do-train", "--do-eval", "--max-steps", "4",
+         "--max-seq-length", "32", "--device", device],
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr

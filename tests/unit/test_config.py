@@ -169,9 +169,21 @@ def test_configurations_are_read_alike_in_every_locale(tmp_path: Path):
     assert (result.stdout.rstrip(), result.stderr) == (ascii(wanted), "")
 
 
+def test_yaml_merges_and_keys_of_other_types_are_no_repetition(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "base: &base {a: 1, b: 2}\nother: &other {c: 3}\nboth: {<<: *base, <<: *other}\n"
+        "one: {nested: &nested {<<: *base, b: 3}}\ntwo: {<<: *nested, 1: x, '1': y}\n"
+    )
+    values = read_yaml(path)
+    assert values["both"] == {"a": 1, "b": 2, "c": 3}
+    assert values["two"] == {"a": 1, "b": 3, 1: "x", "1": "y"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("seed: 1\x07", "unacceptable character #x0007"),
         ("seed: 1\nseed: 2\n", "key 'seed' is given twice in .*, line 2, column 1"),
         ("train:\n  num_steps: 1\n  precision: fp32\n  num_steps: 2\n", "key 'num_steps' is given twice .* line 4"),
         ("seed: 2024-13-01\n", "month must be in 1..12"),
@@ -182,12 +194,6 @@ def test_yaml_that_does_not_say_what_it_means_is_refused(tmp_path: Path, text, m
     path.write_text(text)
     with pytest.raises(ConfigError, match=rf"run\.yaml: not valid YAML: {message}"):
         load_run_config(str(path))
-
-
-def test_a_key_may_replace_one_that_is_merged(tmp_path: Path):
-    path = tmp_path / "run.yaml"
-    path.write_text("one: &one {a: 1, b: 2}\nother: {<<: *one, b: 3}\n")
-    assert read_yaml(path)["other"] == {"a": 1, "b": 3}
 
 
 def test_accumulation_is_derived_and_impossible_batches_name_the_nearest():

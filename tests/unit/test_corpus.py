@@ -133,6 +133,14 @@ def test_utf16_without_a_mark_is_refused(tmp_path, text, encoding, kind):
     )
 
 
+def test_records_that_nul_bytes_separate_are_read(tmp_path):
+    records = [f"Record {number} holds été and {'x' * (number % 7)}." for number in range(200)]
+    (source,) = find_sources(
+        [str(write(tmp_path / "a.txt", "\0".join(records).encode()))], (), BuildSettings()
+    )
+    assert source.bytes == len("\0".join(records).encode())
+
+
 def test_stray_nul_bytes_are_no_utf16(tmp_path):
     for data in (b"A\x00b " * 7, b"a line\n" * 3000 + b"\x00" * 40):
         assert find_sources([str(write(tmp_path / "a.txt", data))], (), BuildSettings())

@@ -56,16 +56,22 @@ def test_a_full_disk_anywhere_is_74(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "number", [errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG]
+    ("number", "advice"),
+    [
+        (errno.EACCES, "change its permissions or choose another place"),
+        (errno.EPERM, "change its permissions or choose another place"),
+        (errno.EISDIR, "choose another place"),
+        (errno.ENOTDIR, "choose another place"),
+        (errno.ENAMETOOLONG, "choose another place"),
+    ],
 )
-def test_a_path_that_cannot_be_written_is_74(capsys, monkeypatch, number):
+def test_a_path_that_cannot_be_written_is_74(capsys, monkeypatch, number, advice):
     monkeypatch.delenv("RANK", raising=False)
 
     def fail(*path: str) -> None:
         raise OSError(number, os.strerror(number), *path)
 
     assert errors.run_command(lambda: fail("/data/x")) == 74
-    advice = "change its permissions or choose another place"
     assert capsys.readouterr().err == f"error: /data/x: {os.strerror(number)}; {advice}\n"
     with pytest.raises(OSError, match=os.strerror(number)):  # of no file: a defect, with its traceback
         errors.run_command(fail)
@@ -91,6 +97,8 @@ def test_a_path_that_cannot_be_written_is_74(capsys, monkeypatch, number):
             "python -m data_prep build: argument --max-seq-length: invalid int",
         ),
         ("launcher local -n x pretrain", "argument -n: invalid int value: 'x'"),
+        ("launcher local -n 2 pretrain --config", "argument --config: expected one argument"),
+        ("launcher local finetune --output", "argument --output: expected one argument"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_78(command, message):

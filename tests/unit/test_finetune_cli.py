@@ -225,3 +225,22 @@ def test_submissions_in_the_benchmarks_forms(tmp_path):
     ):
         assert _submission(tmp_path, task, rows_of[task], test_file) == (name, content.encode())
     assert write_submission(tmp_path, find_task("lcqmc"), rows, Path("test.tsv")) is None
+
+
+def test_deepspeed_is_imported_after_the_device_is_chosen():
+    """It takes the accelerator of DS_ACCELERATOR for good when it is imported."""
+    code = """
+import sys
+from types import SimpleNamespace
+from albert import distributed
+from albert.finetune import cli, preparation
+
+def choose(device, timeout_s):
+    sys.exit(f"{device}: {[name for name in ('deepspeed', 'albert.engine') if name in sys.modules]}")
+
+preparation.prepare = lambda *arguments: None
+distributed.init_world = choose
+cli._run(None, None, SimpleNamespace(device="cpu", peer_timeout_s=1), SimpleNamespace(install=lambda: None))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.stderr.splitlines()[-1] == "cpu: []"
