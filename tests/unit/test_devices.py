@@ -1,6 +1,7 @@
 """What a rank finds out about its GPU, with what CUDA would answer: tests/gpu asks a real one."""
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,9 @@ from albert.config import load_run_config
 from albert.distributed import World, _choose_device, _refuse_shared_gpu, _tell_deepspeed
 from albert.errors import ConfigError
 from albert.precision import computes_bf16, default_precision
+from albert.preflight import try_step
 from albert.pretrain import _compiles
+from launcher.demo import DemoPlan, demo_stages
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -57,6 +60,25 @@ def test_layers_are_compiled_where_one_kernel_attends_to_all_sequences(gpu, capa
     config = load_run_config("base", ["data.directory=shards", "train.output_dir=run", *overrides])
     assert _compiles(config, World(0, 1, 0, GPU)) is expected
     assert _compiles(config, World(0, 1, 0, CPU)) is (config.train.compile == "on")
+
+
+def test_preflight_names_a_precision_that_the_gpu_only_emulates(gpu):
+    gpu((7, 5))
+    config = load_run_config("base", ["data.directory=shards", "train.output_dir=run"])
+    problem = "train.precision (bf16): cuda:0 does not compute in it; use fp16 or fp32"
+    assert try_step(config, World(0, 1, 0, GPU)) == [problem]
+    assert try_step(config, World(0, 1, 0, CPU)) == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "device"), [("", "cpu"), ("0", "cpu"), ("0,1", "auto"), ("0,1,2,3", "auto")]
+)
+def test_the_demo_takes_the_cpu_where_ranks_would_share_a_gpu(monkeypatch, visible, device):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    arguments = {stage.name: stage.arguments for stage in demo_stages(DemoPlan(Path("demo"), num_ranks=2))}
+    assert f"train.device={device}" in arguments["pretrain"]
+    assert f"train.device={device}" in arguments["resume"]
+    assert arguments["finetune"][arguments["finetune"].index("--device") + 1] == device
 
 
 def test_deepspeed_hears_of_the_gpu_that_the_rank_sees(monkeypatch):
