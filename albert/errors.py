@@ -70,8 +70,14 @@ class ConfigError(AlbertError, ValueError):
 
 
 _DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
-_PATH_ERRNOS = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
-"""Of a path that the user named."""
+_PATH_ADVICE = {
+    errno.EACCES: "change its permissions or ",
+    errno.EPERM: "change its permissions or ",
+    errno.EISDIR: "",
+    errno.ENOTDIR: "",
+    errno.ENAMETOOLONG: "",
+}
+"""What to do about a path that the user named, before another one is chosen."""
 
 
 def run_command(main: Callable[[], None]) -> int:
@@ -92,12 +98,13 @@ def run_command(main: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        is_path = error.errno in _PATH_ERRNOS and error.filename is not None
-        if error.errno not in _DISK_ERRNOS and not is_path:
+        if error.errno in _DISK_ERRNOS:
+            advice = "free space or "
+        elif error.errno in _PATH_ADVICE and error.filename is not None:
+            advice = _PATH_ADVICE[error.errno]
+        else:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        is_refused = error.errno in (errno.EACCES, errno.EPERM)
-        advice = "change its permissions or " if is_refused else "" if is_path else "free space or "
         sys.stderr.write(f"{prefix}error: {where}{error.strerror}; {advice}choose another place\n")
         return DiskError.exit_code
     return 0

@@ -171,20 +171,32 @@ def dataset_tokenizer(directory: Path | str, manifest: Manifest, cache: CacheOpt
     return Path(directory) / entry.file
 
 
-def check_files(directory: Path, manifest: Manifest) -> None:
-    """Compare the files of a local dataset with its manifest as far as that is quick.
+def check_tokenizer(file: Path, manifest: Manifest) -> None:
+    """Compare the dataset's own tokenizer file, which is copied beside every model, with the manifest.
 
-    Every shard by its size; the tokenizer, which is copied beside every model, by its content.
+    Raises:
+        MissingInputError: it is missing.
+        DataError: it differs.
+    """
+    if not file.is_file():
+        raise MissingInputError(f"{file}: the dataset's tokenizer is missing; copy the dataset again")
+    if hashlib.sha256(file.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
+        raise DataError(f"{file}: is not the tokenizer that the manifest names; copy the dataset again")
+
+
+def check_files(directory: Path | str, manifest: Manifest) -> None:
+    """Compare the files of a dataset with its manifest as far as that is quick: shards by size, and the tokenizer.
+
+    Those of a remote dataset are compared when they are copied.
 
     Raises:
         MissingInputError: files are missing; names the first one and how many.
         DataError: likewise of shards that have another size; or the tokenizer differs.
     """
-    tokenizer = directory / manifest.tokenizer.file
-    if not tokenizer.is_file():
-        raise MissingInputError(f"{tokenizer}: the dataset's tokenizer is missing; copy the dataset again")
-    if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
-        raise DataError(f"{tokenizer}: is not the tokenizer that the manifest names; copy the dataset again")
+    if is_remote(directory):
+        return
+    directory = Path(directory)
+    check_tokenizer(directory / manifest.tokenizer.file, manifest)
     sizes = {shard.name: _size(directory / shard.name) for shard in manifest.shards}
     if missing := [name for name, size in sizes.items() if size is None]:
         raise MissingInputError(

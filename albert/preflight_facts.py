@@ -13,10 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from albert.addresses import is_remote
 from albert.config import RunConfig
 from albert.errors import AlbertError, ConfigError
-from albert.manifest import dataset_tokenizer, read_manifest
+from albert.manifest import check_files, read_manifest
 
 Facts = dict[str, Any]
 """What one rank found on its host."""
@@ -68,21 +67,10 @@ def code_hash(package: Path) -> str:
 
 
 def _dataset_hash(config: RunConfig) -> str:
-    """Hash of the manifest, once the files that it names are there: shards by size, the tokenizer by content."""
+    """Hash of the manifest, once the files that it names are there."""
     directory = config.data.directory
     manifest = read_manifest(directory)
-    for shard in () if is_remote(directory) else manifest.shards:
-        path = Path(directory) / shard.name
-        size = path.stat().st_size if path.is_file() else None
-        if size != shard.bytes:
-            found = "is missing" if size is None else f"has {size:,} bytes, the manifest says {shard.bytes:,}"
-            raise ConfigError(
-                f"{path}: {found}; the shards are stale, run python -m data_prep verify on them"
-            )
-    if not is_remote(directory):
-        path = dataset_tokenizer(directory, manifest)
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
-            raise ConfigError(f"{path}: is not the tokenizer that the shards were made with; copy it again")
+    check_files(directory, manifest)
     return str(manifest.sha256)[:12]
 
 

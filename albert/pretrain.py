@@ -77,8 +77,8 @@ def _main() -> None:
         manifest, config.model.vocab_size, config.model.max_position_embeddings, config.data.directory
     )
     check_replaceable(Path(config.train.output_dir) / "model")
-    if _is_first_of_node() and not is_remote(config.data.directory):
-        check_files(Path(config.data.directory), manifest)
+    if _is_first_of_node():
+        check_files(config.data.directory, manifest)
     with peer_errors():
         world = init_world(config.train.device, config.train.peer_timeout_s)
         try:

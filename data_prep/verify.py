@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from albert.addresses import is_remote
-from albert.errors import DataError, MissingInputError
-from albert.manifest import Manifest, dataset_tokenizer, read_manifest
+from albert.manifest import Manifest, check_tokenizer, dataset_tokenizer, read_manifest
 from albert.shard_cache import CacheOptions
 from albert.shards import verify_shard
 from data_prep.parallel import process_pool
@@ -43,11 +41,7 @@ def verify_dataset(directory: Path | str, num_workers: int = 1) -> Manifest:
 
 
 def _verify(directory: Path | str, manifest: Manifest, cache: CacheOptions, num_workers: int) -> None:
-    file = dataset_tokenizer(directory, manifest, cache)
-    if not file.is_file():
-        raise MissingInputError(f"{file}: the dataset's tokenizer is missing; copy the dataset again")
-    if hashlib.sha256(file.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
-        raise DataError(f"{file}: is not the tokenizer that the manifest names; copy the dataset again")
+    check_tokenizer(dataset_tokenizer(directory, manifest, cache), manifest)
     with progress_bar("verify", sum(shard.bytes for shard in manifest.shards)) as bar:
         verified = _verify_shards(directory, manifest, cache, min(num_workers, len(manifest.shards)))
         for shard, _ in zip(manifest.shards, verified, strict=True):

@@ -55,7 +55,6 @@ class Predictor:
         if tokenizer_path is None:
             raise MissingInputError(f"{source}: no spiece.model or vocab.txt there; copy the model again")
         self.card = card
-        self.is_pair = card.is_pair
         self.task = card.as_task()
         self.tokenizer = load_tokenizer(tokenizer_path)
         self.device = device
@@ -149,7 +148,7 @@ def _next_chunk(examples: Iterator[Example]) -> tuple[list[Example], DataError |
 
 def _examples(predictor: Predictor, lines: Iterable[str]) -> Iterator[Example]:
     """Parsed lines; all have a second text or none, as in the training where that is known."""
-    is_pair = predictor.is_pair
+    trained_on_pairs = is_pair = predictor.card.is_pair
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -158,7 +157,7 @@ def _examples(predictor: Predictor, lines: Iterable[str]) -> Iterator[Example]:
             has_second = example.text_b is not None
             is_pair = has_second if is_pair is None else is_pair
             if has_second != is_pair:
-                wanted = "unlike before" if predictor.is_pair is None else "unlike in the training"
+                wanted = "unlike before" if trained_on_pairs is None else "unlike in the training"
                 raise DataError(f"line {number}: text_b is {'given' if has_second else 'missing'}, {wanted}")
         yield example
 

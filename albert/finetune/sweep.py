@@ -41,17 +41,18 @@ def run_sweep(
         ConfigError: a directory of the sweep holds another training.
     """
     output = Path(request.output)
-    grid = [
-        (output / f"lr-{rate:g}" / f"seed-{seed}", changed)
+    grid = {
+        output / f"lr-{rate:g}" / f"seed-{seed}": settings.model_copy(
+            update={"learning_rate": rate, "seed": seed}
+        )
         for rate in request.learning_rates or (settings.learning_rate,)
         for seed in range(settings.seed, settings.seed + request.num_seeds)
-        for changed in [settings.model_copy(update={"learning_rate": rate, "seed": seed})]
-    ]
-    for directory, changed in grid:
-        finished_results(directory, identify(prepared, changed))  # refuses before the first one is trained
+    }
+    # All of them before the first one is trained: another training in one directory refuses the sweep.
+    finished = {path: _finished_run(prepared, request, changed, path) for path, changed in grid.items()}
     runs: list[dict[str, Any]] = []
-    for directory, changed in grid:
-        results = _finished_run(prepared, request, changed, directory)
+    for directory, changed in grid.items():
+        results = finished[directory]
         results = results or run_once(prepared, request, changed, directory, world, stop, watchdog)
         runs.append(_run_entry(changed.learning_rate, changed.seed, directory, results))
         gc.collect()  # the engine's buffers, before the next one is built

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -295,7 +296,7 @@ class _Silent:
 
     def __init__(self, kind: str, is_pair: bool | None = None) -> None:
         self.task = Task("t", kind, "", "accuracy", Recipe(1e-5, 1, epochs=1), {})
-        self.is_pair = is_pair
+        self.card = SimpleNamespace(is_pair=is_pair)
 
     def predict(self, examples):
         return [{"id": example.guid} for example in examples]

@@ -108,7 +108,7 @@ def test_a_tokenizer_that_is_not_the_datasets_is_named(tmp_path):
     (tokenizer,) = (tmp_path / "data/tokenizer").iterdir()
     tokenizer.write_bytes(b"other")
     (problem,) = host_facts(config)["problems"]
-    assert "is not the tokenizer that the shards were made with" in problem
+    assert "is not the tokenizer that the manifest names; copy the dataset again" in problem
 
 
 def test_the_code_hash_sees_contents_and_names(tmp_path):
